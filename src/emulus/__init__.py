@@ -1,0 +1,24 @@
+"""Emulus: one transformer, one next-token loss, one sequence of text, pictures, clips and actions.
+
+``emulus.load(folder)`` gives an :class:`emulus.pipeline.Emulus`. Importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from emulus.errors import EmulusError
+
+if TYPE_CHECKING:
+    from emulus.pipeline import Emulus, load
+
+__version__ = "0.1.0"
+__all__ = ["Emulus", "EmulusError", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Emulus", "load"):
+        from emulus import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'emulus' has no attribute {name!r}")

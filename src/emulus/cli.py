@@ -1,0 +1,63 @@
+"""``emulus VERB …``: the verbs in pipeline order, each imported only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from emulus.errors import EmulusError, did_you_mean
+
+# verb: (module of emulus.commands, function, what it does)
+VERBS = {
+    "data": ("data", "data", "build a data set (emoji)"),
+    "tokenizer-train": ("train", "tokenizer_train", "train a vision tokenizer by a recipe"),
+    "tokenize": ("train", "tokenize", "encode a data set as ids by a recipe"),
+    "pretrain": ("train", "pretrain", "train a decoder by a recipe"),
+    "generate": ("generate", "generate", "draw a picture, or a clip with --video, from words"),
+    "describe": ("generate", "describe", "write a caption for a picture or clip, or answer a question about it"),
+    "continue": ("generate", "continue_", "go on with a clip"),
+    "evaluate": ("evaluate", "evaluate", "measure a model on held-out data"),
+    "info": ("info", "info", "say what a model or a recipe is"),
+    "demo": ("demo", "demo", "show the committed model and train a tiny one; writes a report page"),
+}
+
+
+def usage() -> str:
+    """The text of ``emulus --help``."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, _, text) in VERBS.items())
+    return f"usage: emulus VERB [options]\n\n{verbs}\n\nemulus VERB --help explains the options of one."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit status. User errors print one line and no traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from emulus import __version__
+
+        print(__version__)
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except EmulusError as error:
+        print(f"emulus: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("emulus: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    if verb not in VERBS:
+        raise EmulusError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
+    module, function, _ = VERBS[verb]
+    # Here, not at the top: it imports torch, which `emulus --help` must not.
+    from emulus.log import set_up_logging
+
+    set_up_logging()
+    getattr(import_module(f"emulus.commands.{module}"), function)(arguments)
+    return 0

@@ -1,0 +1,115 @@
+"""What is asked of the engine, what it answers, and what it tells on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from emulus.sampling.params import SamplingParams
+from emulus.sequence.document import MediaSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One thing to generate.
+
+    Attributes:
+        prompt_ids: What the model is given; it may break off anywhere, also inside a picture or clip.
+        null_ids: The unguided prompt (empty or negative text, the same medium left open); None for no
+            guidance.
+        may: What may be generated besides the medium that the prompt leaves open: ``"text"``, ``"image"``,
+            ``"video"``, ``"action"``. With nothing, that medium is finished and the document ends.
+        params: How ids are drawn.
+    """
+
+    prompt_ids: Sequence[int]
+    null_ids: Sequence[int] | None = None
+    may: frozenset[str] = frozenset()
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is an unguided row beside the prompt's."""
+        return self.null_ids is not None and self.params.guidance_scale != 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was generated.
+
+    Attributes:
+        ids: The generated ids, without the prompt; with the end-of-document id unless cut inside a medium.
+        finished: ``"end"`` when the document came to its end, ``"length"`` when ``max_new_tokens`` or the
+            model's
+            context cut it short.
+    """
+
+    ids: tuple[int, ...]
+    finished: Literal["end", "length"]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut short."""
+        return self.finished == "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One id was added. ``request`` is the request's place in the list."""
+
+    request: int
+    id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of cells is whole.
+
+    Attributes:
+        request: The request's place in the list.
+        size: Size of the picture or clip.
+        index: Which row, counted over all frames.
+        codes: Its visual codes, left to right.
+    """
+
+    request: int
+    size: MediaSize
+    index: int
+    codes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A frame of cells is whole (a picture has one).
+
+    Attributes:
+        request: The request's place in the list.
+        size: Size of the picture or clip.
+        index: Which frame.
+        codes: Its visual codes, row by row: ``size.h * size.w`` of them.
+    """
+
+    request: int
+    size: MediaSize
+    index: int
+    codes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPiece:
+    """Some text is readable: whole characters only."""
+
+    request: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A request is finished."""
+
+    request: int
+    result: Result
+
+
+Event = Token | Row | Frame | TextPiece | Done

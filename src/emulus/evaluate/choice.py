@@ -1,0 +1,199 @@
+"""caption -> picture, picture -> caption: does the model's own likelihood pick what belongs together?"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from emulus.data.tokens import TokenizedItem
+from emulus.evaluate.scores import Ids, Scores, modalities, score, score_endings
+from emulus.log import progress
+from emulus.model import Decoder
+from emulus.sequence import Grammar, Image, caption_first, caption_last, templates
+
+Matrix = npt.NDArray[np.float64]
+
+Z = 1.959964
+"""Standard deviations of a two-sided interval of 95 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How often the right one was picked.
+
+    Attributes:
+        right: How often.
+        asked: Of how many questions.
+        low: Lower end of the 95 % interval (Wilson's).
+        high: Upper end. Questions of one group share their candidates, so both are a little narrow.
+    """
+
+    right: int
+    asked: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, right: int, asked: int) -> Accuracy:
+        """With the interval.
+
+        Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+        """
+        share, square = right / asked, Z * Z / asked
+        middle = (share + square / 2) / (1 + square)
+        reach = math.sqrt(share * (1 - share) / asked + square / asked / 4) * Z / (1 + square)
+        return cls(right=right, asked=asked, low=max(middle - reach, 0.0), high=min(middle + reach, 1.0))
+
+    @property
+    def share(self) -> float:
+        """Between 0 and 1."""
+        return self.right / self.asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Both directions, by raw likelihood and by pointwise mutual information.
+
+    Mutual information subtracts what a candidate scores by itself: a plain picture is likely under any caption.
+
+    Attributes:
+        candidates: In each question.
+        groups: Of as many pictures as there are candidates; every one of a group is asked for once.
+        picture_raw: Caption to picture, by log p(picture | caption).
+        picture_pmi: Caption to picture, by log p(picture | caption) - log p(picture | no caption).
+        caption_raw: Picture to caption, by log p(caption | picture).
+        caption_pmi: Picture to caption, by log p(caption | picture) - log p(caption | no picture).
+    """
+
+    candidates: int
+    groups: int
+    picture_raw: Accuracy
+    picture_pmi: Accuracy
+    caption_raw: Accuracy
+    caption_pmi: Accuracy
+
+    @property
+    def chance(self) -> float:
+        """What guessing scores."""
+        return 1 / self.candidates
+
+
+def choose(
+    decoder: Decoder, grammar: Grammar, groups: Sequence[Sequence[TokenizedItem]]
+) -> Choice | None:
+    """Ask for every picture of every group by its caption, and for every caption by its picture.
+
+    Args:
+        decoder: The model.
+        grammar: documents -> ids.
+        groups: See :func:`make_groups`; all of one size.
+
+    Returns:
+        The figures, or ``None`` without groups.
+    """
+    if not groups:
+        return None
+    right = np.zeros(4, dtype=np.int64)
+    for group in progress(groups, what="choosing among pictures and captions"):
+        pictures, pictures_alone = picture_scores(decoder, grammar, group)
+        captions, captions_alone = caption_scores(decoder, grammar, group)
+        tables = (pictures, pictures - pictures_alone, captions, captions - captions_alone)
+        right += [_right(table) for table in tables]
+    size = len(groups[0])
+    picture_raw, picture_pmi, caption_raw, caption_pmi = (Accuracy.of(int(n), size * len(groups)) for n in right)
+    return Choice(
+        candidates=size,
+        groups=len(groups),
+        picture_raw=picture_raw,
+        picture_pmi=picture_pmi,
+        caption_raw=caption_raw,
+        caption_pmi=caption_pmi,
+    )
+
+
+def picture_scores(decoder: Decoder, grammar: Grammar, group: Sequence[TokenizedItem]) -> tuple[Matrix, Scores]:
+    """Natural logarithm of p(picture | caption), a row per caption, and of p(picture | no caption)."""
+    captions = [*(item.captions[0] for item in group), ""]
+    documents = [
+        np.array(grammar.build(caption_first(caption, item.media), eos=False))
+        for caption in captions
+        for item in group
+    ]
+    visual = [modalities(ids, grammar.vocabulary)["visual"] for ids in documents]
+    scores = score(decoder, documents, visual, vocab_range=grammar.vocabulary.visual_range, what="pictures")
+    table = np.array([part.sum() for part in scores]).reshape(len(captions), len(group))
+    return table[:-1], table[-1]
+
+
+def caption_scores(decoder: Decoder, grammar: Grammar, group: Sequence[TokenizedItem]) -> tuple[Matrix, Scores]:
+    """Natural logarithm of p(caption | picture), a row per picture, and of p(caption | no picture)."""
+    prompts = [templates.caption(grammar, item.media) for item in group]
+    beginnings: list[Ids] = [np.array(prompt.ids) for prompt in [*prompts]] + [np.array(prompts[0].null_ids)]
+    endings = []
+    for item, beginning in zip(group, beginnings, strict=False):
+        document = np.array(grammar.build(caption_last(item.media, item.captions[0]), eos=False))
+        endings.append(document[len(beginning) :])
+    text = grammar.vocabulary.text_range
+    table = np.array([score_endings(decoder, ids, endings, vocab_range=text) for ids in beginnings])
+    return table[:-1], table[-1]
+
+
+def _right(table: Matrix) -> int:
+    """In how many rows the diagonal alone is the highest."""
+    best = table == table.max(1, keepdims=True)
+    return int((best.diagonal() & (best.sum(1) == 1)).sum())
+
+
+def make_groups(
+    items: Sequence[TokenizedItem], *, size: int = 16, count: int = 4, same_style: bool = False, seed: int = 0
+) -> list[list[TokenizedItem]]:
+    """Put captioned pictures into groups, always the same ones for the same items and seed.
+
+    Args:
+        items: Pictures; clips among them are left out.
+        size: Pictures in a group, all with different captions.
+        count: Most groups.
+        same_style: Only pictures of one style (see :func:`style_of`) meet in a group, and styles take turns.
+        seed: Another seed gives other groups.
+
+    Returns:
+        Full groups, which share no picture; fewer than ``count`` where there are not enough pictures.
+    """
+    pictures = [item for item in items if isinstance(item.media, Image) and item.captions]
+    pictures.sort(key=lambda item: hashlib.sha256(f"{seed} {item.id}".encode()).digest())
+    pools: dict[str, list[TokenizedItem]] = {}
+    for item in pictures:
+        pools.setdefault(style_of(item.id) if same_style else "", []).append(item)
+    by_pool = [_full_groups(pool, size) for _, pool in sorted(pools.items())]
+    rounds = max((len(groups) for groups in by_pool), default=0)
+    turns = [groups[place] for place in range(rounds) for groups in by_pool if place < len(groups)]
+    return turns[:count]
+
+
+def _full_groups(pool: Sequence[TokenizedItem], size: int) -> list[list[TokenizedItem]]:
+    groups: list[list[TokenizedItem]] = []
+    waiting = list(pool)
+    while len(group := _distinct(waiting, size)) == size:
+        groups.append(group)
+        taken = {item.id for item in group}
+        waiting = [item for item in waiting if item.id not in taken]
+    return groups
+
+
+def _distinct(items: Sequence[TokenizedItem], size: int) -> list[TokenizedItem]:
+    """The first items of different captions."""
+    first: dict[str, TokenizedItem] = {}
+    for item in items:
+        if len(first) < size:
+            first.setdefault(item.captions[0], item)
+    return list(first.values())
+
+
+def style_of(id: str) -> str:
+    """The part of an item's id before the first slash, which names its style or folder; empty if there is none."""
+    return id.split("/", 1)[0] if "/" in id else ""

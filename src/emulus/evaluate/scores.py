@@ -1,0 +1,151 @@
+"""ids -> how likely the decoder finds each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emulus.log import progress
+from emulus.model import Decoder, KVCache
+from emulus.sequence import pack
+from emulus.tokenizer.vocabulary import Vocabulary
+
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+Scores = npt.NDArray[np.float64]
+
+ROW_IDS = 8192
+_CHUNK = 2**23
+"""Most logits in memory at a time (32 MB)."""
+
+
+def modalities(ids: Ids, vocabulary: Vocabulary) -> dict[str, Mask]:
+    """Say which ids are visual and which are words.
+
+    Ids that the grammar writes (row ends, the size text of a picture) are neither: they can be foretold.
+
+    Args:
+        ids: Whole documents, one or several end to end.
+        vocabulary: Which id means what.
+
+    Returns:
+        ``visual`` and ``text``, masks as long as ``ids``.
+    """
+    # The size text is written in the same ids as words, between BOI and IMG.
+    in_size_text = np.cumsum(ids == vocabulary.boi) - np.cumsum(ids == vocabulary.img) > 0
+    masks = {}
+    for name, (start, stop) in {"visual": vocabulary.visual_range, "text": vocabulary.text_range}.items():
+        masks[name] = (ids >= start) & (ids < stop) & ~in_size_text
+    return masks
+
+
+@torch.inference_mode()
+def score(
+    decoder: Decoder,
+    documents: Sequence[Ids],
+    scored: Sequence[Mask],
+    *,
+    vocab_range: tuple[int, int] | None = None,
+    row_ids: int = ROW_IDS,
+    what: str = "scoring",
+) -> list[Scores]:
+    """Measure how likely ids are, each given all ids before it in its document.
+
+    Args:
+        decoder: The model.
+        documents: Their ids.
+        scored: Which ids of each document are asked for; never its first, which nothing foretells.
+        vocab_range: Ids ``(start, stop)`` that the scored ones are known to be among; all ids by default.
+        row_ids: Documents are packed into rows of about this many ids, computed one at a time.
+        what: Name of the progress bar.
+
+    Returns:
+        For each document the natural logarithms of the scored ids' probabilities, in order.
+    """
+    scores: list[Scores] = [np.empty(0)] * len(documents)
+    device = decoder.lm_head.weight.device
+    capacity = max(row_ids, *(len(document) for document in documents)) if documents else row_ids
+    rows = pack([len(document) for document in documents], capacity)
+    with evaluating(decoder):
+        for row in progress(rows, what=what):
+            ids = torch.from_numpy(np.concatenate([documents[i] for i in row])).to(device)
+            lengths = [len(documents[i]) for i in row]
+            places = torch.from_numpy(np.flatnonzero(np.concatenate([scored[i] for i in row]))).to(device)
+            hidden = decoder.hidden(ids[None], document_lengths=lengths)[0]
+            # An id is foretold by the state of the one before it.
+            row_scores = log_probabilities(decoder, hidden[places - 1], ids[places], vocab_range)
+            counts = np.cumsum([int(scored[i].sum()) for i in row])
+            for i, part in zip(row, np.split(row_scores.cpu().numpy(), counts[:-1]), strict=True):
+                scores[i] = part
+    return scores
+
+
+@torch.inference_mode()
+def score_endings(
+    decoder: Decoder, beginning: Ids, endings: Sequence[Ids], *, vocab_range: tuple[int, int] | None = None
+) -> list[float]:
+    """Measure how likely whole endings of one beginning are; the beginning is computed once.
+
+    Args:
+        decoder: The model.
+        beginning: Ids, at least one.
+        endings: Ids that may follow, at least one each.
+        vocab_range: As in :func:`score`.
+
+    Returns:
+        Natural logarithm of each ending's probability.
+    """
+    device = decoder.lm_head.weight.device
+    start, longest = len(beginning), max(len(ending) for ending in endings)
+    # A shorter ending is filled up with zeros, which come after everything that is scored.
+    ids = torch.zeros(len(endings), longest, dtype=torch.int64, device=device)
+    real = torch.zeros_like(ids, dtype=torch.bool)
+    for row, ending in enumerate(endings):
+        ids[row, : len(ending)] = torch.from_numpy(ending)
+        real[row, : len(ending)] = True
+    with evaluating(decoder):
+        once = KVCache(decoder.config, 1, start, device=device)
+        first = torch.from_numpy(beginning).to(device)[None]
+        last = decoder.hidden(first, position_ids=torch.arange(start, device=device)[None], cache=once)[:, -1:]
+        cache = KVCache(decoder.config, len(endings), start + longest, device=device)
+        cache.keys[..., :start, :] = once.keys
+        cache.values[..., :start, :] = once.values
+        positions = torch.arange(start, start + longest, device=device).expand(len(endings), -1)
+        hidden = decoder.hidden(ids, position_ids=positions, cache=cache)
+        before = torch.cat([last.expand(len(endings), -1, -1), hidden[:, :-1]], dim=1)
+        scores = torch.zeros(ids.shape, dtype=torch.float64, device=device)
+        scores[real] = log_probabilities(decoder, before[real], ids[real], vocab_range)
+    return scores.sum(1).tolist()
+
+
+def log_probabilities(
+    decoder: Decoder,
+    hidden: Float[Tensor, "n hidden"],
+    targets: Int[Tensor, "n"],
+    vocab_range: tuple[int, int] | None,
+) -> Float[Tensor, "n"]:
+    """Natural logarithm of each target's probability, in float64, with few logits in memory at a time."""
+    start, stop = vocab_range or (0, decoder.config.vocab_size)
+    chunk = max(_CHUNK // (stop - start), 1)
+    parts = [torch.empty(0, dtype=torch.float64, device=hidden.device)]
+    for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logits = decoder.head(states, (start, stop))
+        parts.append(logits.log_softmax(-1).gather(-1, ids[:, None] - start)[:, 0].double())
+    return torch.cat(parts)
+
+
+@contextmanager
+def evaluating(decoder: Decoder) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    training = decoder.training
+    decoder.eval()
+    try:
+        yield
+    finally:
+        decoder.train(training)

@@ -1,0 +1,116 @@
+"""Writing files so that a crash, a full disk or a kill never leaves half of one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from emulus.errors import EmulusError
+
+COMPLETE = "COMPLETE"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "disk full" and "not allowed" into one line that names the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk is full: could not write {path}; free some space and run the same command again"
+        elif isinstance(error, PermissionError):
+            message = f"not allowed to write {path}; choose another folder or change its permissions"
+        else:
+            raise
+        raise EmulusError(message) from error
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a rename after it cannot be seen before its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file atomically: readers see the old file or the whole new one.
+
+    Args:
+        path: Where the file shall be.
+        write: Writes its content to the temporary path it is given.
+
+    Raises:
+        EmulusError: The disk is full or the folder may not be written to; ``path`` is untouched.
+    """
+    # The suffix is kept, since writers like Pillow choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            fsync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically (see :func:`write_file`)."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically (see :func:`write_file`)."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        EmulusError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EmulusError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EmulusError(f"{path} is not valid JSON ({error}); it may be truncated: restore it from its source") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that appears at ``path`` only when it is whole.
+
+    Yields a temporary folder beside it. At the end every file is flushed, a ``COMPLETE`` marker is written last, and
+    the folder is renamed into place (replacing an older one). On an error the temporary folder is removed and ``path``
+    is what it was.
+
+    Raises:
+        EmulusError: The disk is full or the place may not be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                fsync(file)
+            (temporary / COMPLETE).touch()
+            fsync(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

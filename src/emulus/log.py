@@ -1,0 +1,28 @@
+"""What Emulus tells people: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+logger = logging.getLogger("emulus")
+
+
+def set_up_logging(*, verbose: bool = False) -> None:
+    """Send the package's messages to stderr, one plain line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+def progress(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar on stderr, shown only on a terminal."""
+    return iter(tqdm(items, desc=what, total=total, disable=not sys.stderr.isatty(), leave=False))

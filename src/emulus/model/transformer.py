@@ -1,0 +1,314 @@
+"""The decoder: Llama-style, with the released checkpoints' parameter names.
+
+Plain PyTorch. How it is spread over devices, compiled or quantised is decided outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from emulus.errors import EmulusError
+from emulus.model.cache import KVCache
+from emulus.model.config import DecoderConfig
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit mean square, in float32 whatever comes in."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        """Normalise the last axis; the cast back comes before the weight, as released."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of one call's positions, float32."""
+
+    cos: Float[Tensor, "batch 1 tokens head_dim"]
+    sin: Float[Tensor, "batch 1 tokens head_dim"]
+
+
+class Context(NamedTuple):
+    """What the attention of every layer shares in one call."""
+
+    rotary: Rotary
+    document_lengths: Sequence[int] | None
+    cache: KVCache | None
+    position_ids: Int[Tensor, "batch tokens"]
+    visible: int
+    mask: Bool[Tensor, "batch 1 tokens slots"] | None
+
+
+def rotary(position_ids: Int[Tensor, "batch tokens"], width: int, theta: float) -> Rotary:
+    """Compute the angles of RoPE in the rotate-half layout.
+
+    Args:
+        position_ids: Positions, from 0.
+        width: Head width, even.
+        theta: Base of the wave lengths.
+
+    Source: Su et al. 2021 (arXiv:2104.09864); layout of Llama.
+    """
+    exponent = torch.arange(0, width, 2, device=position_ids.device).float() / width
+    angles = position_ids[:, None, :, None].float() * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)
+    return Rotary(angles.cos(), angles.sin())
+
+
+def rotate(
+    x: Float[Tensor, "batch heads tokens head_dim"], table: Rotary
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Turn each pair ``(i, i + head_dim / 2)`` by its position's angle, in float32."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * table.cos + turned * table.sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with shared key/value heads."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.width = config.head_width
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
+        # Emu3 has no norm here; Emu3.5 has one per head.
+        self.q_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens hidden"], context: Context, layer: int
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Mix each token with those before it."""
+        batch, tokens, _ = x.shape
+        q = self.q_proj(x).view(batch, tokens, self.heads, self.width)
+        k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.width)
+        v = self.v_proj(x).view(batch, tokens, self.kv_heads, self.width)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        if context.cache is not None:
+            out = self._cached(q, k, v, context, context.cache, layer)
+        elif context.document_lengths is not None:
+            out = self._packed(q, k, v, context.document_lengths)
+        else:
+            out = self._causal(q, k, v)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, self.heads * self.width))
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rate = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True, enable_gqa=True)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+        # Each document is attended to by itself, so none can see another and no mask matrix exists.
+        parts = zip(*(tensor.split(list(lengths), dim=2) for tensor in (q, k, v)), strict=True)
+        return torch.cat([self._causal(*part) for part in parts], dim=2)
+
+    def _cached(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: KVCache, layer: int
+    ) -> Tensor:
+        cache.write(layer, context.position_ids, k, v)
+        keys = cache.keys[layer, :, :, : context.visible].to(q.dtype)
+        values = cache.values[layer, :, :, : context.visible].to(q.dtype)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=context.mask, enable_gqa=True)
+
+
+class MLP(nn.Module):
+    """SiLU-gated feed-forward layer."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
+        """Transform each token by itself."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention then MLP, each on a normalised copy and added back."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.attention_dropout)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens hidden"], context: Context, layer: int
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Add what attention and MLP have to say."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context, layer))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm; exists as a module of its own for the parameter names ``model.*``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        # padding_idx is not set: the released code starts PAD's row at zero, and PAD is never a training
+        # input here.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        position_ids: Int[Tensor, "batch tokens"],
+        document_lengths: Sequence[int] | None,
+        cache: KVCache | None,
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Run every block."""
+        context = self._context(position_ids, document_lengths, cache)
+        x = self.dropout(self.embed_tokens(input_ids))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, context, index)
+        return self.norm(x)
+
+    def _context(
+        self, position_ids: Tensor, document_lengths: Sequence[int] | None, cache: KVCache | None
+    ) -> Context:
+        table = rotary(position_ids, self.config.head_width, self.config.rope_theta)
+        if cache is None:
+            return Context(table, document_lengths, None, position_ids, 0, None)
+        visible = cache.visible(position_ids)
+        mask = torch.arange(visible, device=position_ids.device) <= position_ids[:, None, :, None]
+        return Context(table, None, cache, position_ids, visible, mask)
+
+
+class Decoder(nn.Module):
+    """Predict the next id of every position.
+
+    State-dict names are the released checkpoints' (``model.layers.0.self_attn.q_proj.weight``,
+    ``lm_head.weight``).
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Build with fresh weights from N(0, ``initializer_range``).
+
+        Args:
+            config: Its shape. Under ``torch.device("meta")`` nothing is allocated.
+        """
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: N(0, ``initializer_range``); ones for norms, zeros for PAD's embedding.
+
+        Residual projections are not scaled down by depth, as released.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                return
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+        if self.config.pad_token_id is not None:
+            with torch.no_grad():
+                self.model.embed_tokens.weight[self.config.pad_token_id].zero_()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        *,
+        position_ids: Int[Tensor, "batch tokens"] | None = None,
+        document_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+        vocab_range: tuple[int, int] | None = None,
+        last_only: bool = False,
+    ) -> Float[Tensor, "batch positions ids"]:
+        """Compute logits.
+
+        Args:
+            input_ids: Ids, each below ``config.vocab_size``.
+            position_ids: Position of each token in its document; by default counted from 0 (from 0 again in
+                each document when packed). Required with ``cache``.
+            document_lengths: One row holds these documents end to end, and none sees another (training).
+            cache: Tokens seen before; the new ones are added at their positions (decoding).
+            vocab_range: Only these ids' logits, ``(start, stop)``.
+            last_only: Only the last position's logits.
+
+        Returns:
+            float32 logits ``(batch, tokens or 1, vocab_size or stop - start)``. Under autocast the product
+            itself is in the lower precision.
+
+        Raises:
+            EmulusError: The arguments do not fit together, or a position lies beyond the cache.
+        """
+        hidden = self.hidden(
+            input_ids, position_ids=position_ids, document_lengths=document_lengths, cache=cache
+        )
+        return self.head(hidden[:, -1:] if last_only else hidden, vocab_range)
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        *,
+        position_ids: Int[Tensor, "batch tokens"] | None = None,
+        document_lengths: Sequence[int] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Compute what the head reads: the last block's output after the final norm.
+
+        Arguments and errors are those of :meth:`forward`.
+        """
+        batch, tokens = input_ids.shape
+        if cache is not None and (position_ids is None or document_lengths is not None):
+            raise EmulusError("with a key/value cache, give position_ids and no document_lengths")
+        if document_lengths is not None and (batch != 1 or sum(document_lengths) != tokens):
+            raise EmulusError(
+                f"document_lengths sum to {sum(document_lengths)} but the batch is {batch} x {tokens} ids; "
+                "packed documents are one row that they fill"
+            )
+        if position_ids is None:
+            position_ids = default_positions(batch, tokens, document_lengths, input_ids.device)
+        return self.model(input_ids, position_ids, document_lengths, cache)
+
+    def head(
+        self, hidden: Float[Tensor, "*rows hidden"], vocab_range: tuple[int, int] | None = None
+    ) -> Float[Tensor, "*rows ids"]:
+        """Turn hidden states into float32 logits, of all ids or of ``vocab_range`` (start, stop) only."""
+        weight = self.lm_head.weight
+        if vocab_range is not None:
+            weight = weight[vocab_range[0] : vocab_range[1]]
+        return F.linear(hidden, weight).float()
+
+
+def default_positions(
+    batch: int, tokens: int, document_lengths: Sequence[int] | None, device: torch.device
+) -> Int[Tensor, "batch tokens"]:
+    """Count positions from 0, and from 0 again in each packed document."""
+    lengths = [tokens] if document_lengths is None else document_lengths
+    counts = torch.cat([torch.arange(length, device=device) for length in lengths])
+    return counts.expand(batch, tokens)

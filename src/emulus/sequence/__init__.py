@@ -1,0 +1,60 @@
+"""documents <-> ids. What a document is, its one grammar, each task's prompt, and rows of ids to train on."""
+
+from emulus.sequence.document import (
+    Action,
+    Document,
+    Image,
+    MediaSize,
+    OpenMedia,
+    Parsed,
+    Segment,
+    Text,
+    Video,
+)
+from emulus.sequence.grammar import MAX_CELLS, Allowed, Grammar, GrammarState, Position
+from emulus.sequence.layout import CELL, SequenceLayout
+from emulus.sequence.packing import Batch, collate, pack
+from emulus.sequence.templates import (
+    Prompt,
+    animate,
+    answer,
+    caption,
+    caption_first,
+    caption_last,
+    check_fits,
+    continue_video,
+    draw,
+    question_answer,
+)
+
+__all__ = [
+    "CELL",
+    "MAX_CELLS",
+    "Action",
+    "Allowed",
+    "Batch",
+    "Document",
+    "Grammar",
+    "GrammarState",
+    "Image",
+    "MediaSize",
+    "OpenMedia",
+    "Parsed",
+    "Position",
+    "Prompt",
+    "Segment",
+    "SequenceLayout",
+    "Text",
+    "Video",
+    "animate",
+    "answer",
+    "caption",
+    "caption_first",
+    "caption_last",
+    "check_fits",
+    "collate",
+    "continue_video",
+    "draw",
+    "pack",
+    "question_answer",
+]

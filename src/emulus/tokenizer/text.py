@@ -1,0 +1,267 @@
+"""text <-> ids: byte-level BPE, trained here or read from a released file, behind one class."""
+
+from __future__ import annotations
+
+import base64
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import tiktoken
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from emulus.errors import EmulusError
+from emulus.files import read_json, write_text
+from emulus.tokenizer.vocabulary import NAME
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where text is split before merging: Qwen's pattern, every digit by itself.
+
+Source: baaivision/Emu3, emu3/mllm/tokenization_emu3.py.
+"""
+
+TOKENIZERS_FILE = "tokenizer.json"
+TIKTOKEN_FILE = "tokenizer.tiktoken"
+_BYTES = 256
+_BYTES_MISSING = (
+    "some single bytes have no id, so some texts could not be written; give a byte-level vocabulary"
+)
+
+
+class TextTokenizer:
+    """Byte-level BPE: any text has ids, and any ids are some text.
+
+    Text is NFC-normalised first. No string is special here: ``"<|image start|>"`` in a text is text, unless
+    the caller passes the table of specials that this text may hold.
+
+    Make one with :meth:`train` or :meth:`from_file`.
+
+    Attributes:
+        size: How many ids there are; they are ``0 .. size - 1``.
+    """
+
+    def __init__(self, backend: _TokenizersBackend | _TiktokenBackend) -> None:
+        self._backend = backend
+        self._pieces = backend.pieces()
+        self._ids_of_bytes = {piece: id for id, piece in enumerate(self._pieces) if len(piece) == 1}
+        if len(self._ids_of_bytes) < _BYTES:
+            raise EmulusError(_BYTES_MISSING)
+        self.size = len(self._pieces)
+
+    def encode(self, text: str, *, allow_special: Mapping[str, int] | None = None) -> list[int]:
+        """Turn text into ids.
+
+        Args:
+            text: Any text.
+            allow_special: Surface strings that become one id each, e.g. ``vocabulary.special_names``. Only
+                for text that the program itself wrote: whoever writes it can open and close pictures.
+
+        Returns:
+            Ids below :attr:`size`, and those of ``allow_special`` where its strings stand.
+
+        Raises:
+            EmulusError: The text holds half of a surrogate pair, which no encoding can write.
+        """
+        text = unicodedata.normalize("NFC", text)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise EmulusError(
+                f"the text holds half of a surrogate pair at character {error.start}; "
+                "it was cut inside a character: read it again from its source"
+            ) from None
+        if allow_special is None:
+            return self._backend.encode(text)
+        ids: list[int] = []
+        plain_start = 0
+        for match in NAME.finditer(text):
+            special = allow_special.get(match[0])
+            if special is not None:
+                ids += [*self._backend.encode(text[plain_start : match.start()]), special]
+                plain_start = match.end()
+        return ids + self._backend.encode(text[plain_start:])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn ids into text.
+
+        Args:
+            ids: Ids below :attr:`size`.
+
+        Returns:
+            The text; bytes that are no UTF-8, as in a text cut inside a letter, become U+FFFD.
+
+        Raises:
+            EmulusError: An id is not a text id.
+        """
+        for position, id in enumerate(ids):
+            if not 0 <= id < self.size:
+                raise EmulusError(
+                    f"id {id} at position {position} is not a text id (0 to {self.size - 1}); "
+                    "take media out of the ids first with Grammar.parse"
+                )
+        return b"".join(self._pieces[id] for id in ids).decode("utf-8", errors="replace")
+
+    def id_of_char(self, character: str) -> int:
+        """The id of one ASCII character by itself.
+
+        Raises:
+            EmulusError: It is not one ASCII character.
+        """
+        if len(character) != 1 or not character.isascii():
+            raise EmulusError(f"{character!r} is not one ASCII character; only those are sure to have an id")
+        return self._ids_of_bytes[character.encode()]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, size: int) -> TextTokenizer:
+        """Learn a vocabulary; the same texts in the same order give the same one.
+
+        Args:
+            texts: What to learn from.
+            size: How many ids, at least 256. Few texts can give fewer: see the result's :attr:`size`.
+
+        Raises:
+            EmulusError: The size has no room for all bytes.
+        """
+        if size < _BYTES:
+            raise EmulusError(
+                f"a text vocabulary of {size} ids has no room for all bytes; ask for {_BYTES} or more"
+            )
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(_TokenizersBackend(tokenizer))
+
+    @classmethod
+    def from_file(cls, path: Path) -> TextTokenizer:
+        """Read a vocabulary: a ``.json`` file of the `tokenizers` library, or a ``.tiktoken`` file.
+
+        Args:
+            path: The file, or a folder that :meth:`save` wrote to.
+
+        Raises:
+            EmulusError: The file is missing, damaged or not byte-level BPE.
+        """
+        path = Path(path)
+        if path.is_dir():
+            files = (path / name for name in (TOKENIZERS_FILE, TIKTOKEN_FILE))
+            path = next((file for file in files if file.is_file()), path)
+        if not path.is_file():
+            raise EmulusError(f"no text vocabulary at {path}; give a {TOKENIZERS_FILE} or a .tiktoken file")
+        if path.suffix not in (".json", ".tiktoken"):
+            raise EmulusError(f"{path} is neither .json nor .tiktoken; give a file of one of these kinds")
+        backend = _TokenizersBackend if path.suffix == ".json" else _TiktokenBackend
+        try:
+            return cls(backend.read(path))
+        except EmulusError as error:
+            raise EmulusError(f"{path}: {error}") from error
+
+    def save(self, folder: Path) -> Path:
+        """Write the vocabulary into a folder, atomically.
+
+        Returns:
+            The file written: ``tokenizer.json`` or ``tokenizer.tiktoken``, whichever kind this is.
+        """
+        return self._backend.save(Path(folder))
+
+
+class _TokenizersBackend:
+    """A vocabulary of the `tokenizers` library. It must have no added tokens: user text could reach those."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def read(cls, path: Path) -> _TokenizersBackend:
+        values = read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+            raise EmulusError("this is no file of the tokenizers library; give its tokenizer.json")
+        plain = json.dumps(values | {"added_tokens": [], "post_processor": None})
+        try:
+            return cls(Tokenizer.from_str(plain))
+        except Exception as error:  # the library raises nothing more specific
+            raise EmulusError(f"the tokenizers library cannot read it ({error}); restore it") from error
+
+    def pieces(self) -> list[bytes]:
+        byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        piece_of = {id: piece for piece, id in self._tokenizer.get_vocab(with_added_tokens=False).items()}
+        try:
+            return [bytes(byte_of[letter] for letter in piece_of[id]) for id in range(len(piece_of))]
+        except KeyError as error:
+            raise EmulusError(
+                f"it is not byte-level with ids 0, 1, 2, ... ({error} is unknown); give a file that is"
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def save(self, folder: Path) -> Path:
+        path = folder / TOKENIZERS_FILE
+        write_text(path, self._tokenizer.to_str(pretty=True))
+        return path
+
+
+class _TiktokenBackend:
+    """A released vocabulary: lines of ``base64(piece) rank``, the rank being the id."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+        ranks = {piece: rank for rank, piece in enumerate(pieces)}
+        self._encoding = tiktoken.Encoding(
+            "emulus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> _TiktokenBackend:
+        piece_of: dict[int, bytes] = {}
+        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                piece, rank = line.split()
+                piece_of[int(rank)] = base64.b64decode(piece, validate=True)
+            except ValueError:  # binascii.Error is one too
+                raise EmulusError(f"line {number} is not 'base64(piece) rank'; restore the file") from None
+        pieces = [piece_of.get(rank, b"") for rank in range(len(lines))]
+        # A piece merges by its rank, and every id must mean one piece: so no gap, no rank and no piece twice.
+        if not all(pieces) or len(set(pieces)) < len(pieces):
+            raise EmulusError(f"its {len(lines)} ranks are not 0, 1, 2, ... once each; restore the file")
+        if len({piece for piece in pieces if len(piece) == 1}) < _BYTES:
+            raise EmulusError(_BYTES_MISSING)
+        return cls(pieces)
+
+    def pieces(self) -> list[bytes]:
+        return self._pieces
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def save(self, folder: Path) -> Path:
+        path = folder / TIKTOKEN_FILE
+        lines = (f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(self._pieces))
+        write_text(path, "".join(lines))
+        return path
+
+
+def _byte_letters() -> list[str]:
+    """The letter that writes each byte in a tokenizer.json: itself if printable, else one from U+0100 on.
+
+    Source: GPT-2's ``bytes_to_unicode``.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(_BYTES) if byte not in printable)
+    stand_in = {byte: chr(_BYTES + index) for index, byte in enumerate(others)}
+    return [stand_in.get(byte, chr(byte)) for byte in range(_BYTES)]

@@ -1,0 +1,60 @@
+"""How good reconstructions are, and how much of the codebook they use."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def psnr(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
+    """Peak signal-to-noise ratio in dB of each picture, both clipped to [-1, 1]. Higher is better."""
+    error = (pixels.clamp(-1, 1) - other.clamp(-1, 1)).square().flatten(1).mean(1)
+    # The range is 2 wide, so the squared peak is 4.
+    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))
+
+
+def ssim(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
+    """Structural similarity of each picture, at most 1, both clipped to [-1, 1].
+
+    Gaussian window of 11 (sigma 1.5), per channel, over the places where the window fits.
+
+    Source: Wang et al. 2004, with its constants K1 = 0.01 and K2 = 0.03.
+    """
+    # Variances are small differences of large numbers: float64, whatever the pixels came in.
+    x, y = ((image.double().clamp(-1, 1) + 1) / 2 for image in (pixels, other))
+    channels = x.shape[1]
+    offsets = torch.arange(11, device=x.device, dtype=x.dtype) - 5
+    line = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, 11, 11)
+
+    def blur(image: Tensor) -> Tensor:
+        return F.conv2d(image, window, groups=channels)
+
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    return similarity.flatten(1).mean(1).float()
+
+
+def codebook_usage(codes: Int[Tensor, "..."], codebook_size: int) -> dict[str, float]:
+    """How a set of codes spreads over the codebook.
+
+    Returns:
+        ``usage``: share of the codebook that occurs at all; ``perplexity``: size of the uniform codebook of the same
+        entropy; ``dead_codes``: how many never occur; ``entropy_bits``: bits per code.
+    """
+    counts = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    share = counts[counts > 0] / counts.sum()
+    entropy = float(-(share * share.log2()).sum())
+    used = int((counts > 0).sum())
+    return {
+        "usage": used / codebook_size,
+        "perplexity": 2**entropy,
+        "dead_codes": float(codebook_size - used),
+        "entropy_bits": entropy,
+    }

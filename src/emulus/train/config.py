@@ -1,0 +1,68 @@
+"""Settings of the training loop (imports no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from emulus.errors import EmulusError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One loop for tokenizer and decoder alike.
+
+    Attributes:
+        steps: Optimiser steps in all.
+        learning_rate: Peak of the schedule.
+        warmup_steps: Linear rise from zero.
+        schedule: ``cosine`` falls to ``final_learning_rate`` along a half cosine; ``wsd`` stays at the peak and falls
+            linearly over the last ``decay_share`` of the steps.
+        final_learning_rate: As a share of the peak.
+        decay_share: See ``schedule``.
+        weight_decay: Of matrices and kernels; norms and biases have none.
+        beta1: AdamW's.
+        beta2: AdamW's.
+        epsilon: AdamW's.
+        clip_norm: Largest gradient norm; 0 does not clip.
+        ema_decay: Of the averaged weights that are evaluated and saved; 0 keeps none.
+        precision: ``auto`` computes in bfloat16 where the device is faster with it. Weights stay float32.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
+        seed: Of everything random; with the step it gives the batch, the dropout and the initial weights.
+        log_every: Steps between lines on the screen (``metrics.jsonl`` has every step).
+        evaluate_every: Steps between held-out evaluations; 0 evaluates at the end only.
+        save_every: Steps between checkpoints.
+        keep: How many of the newest checkpoints stay.
+        tensorboard: Also write TensorBoard event files (needs the ``tensorboard`` extra).
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    final_learning_rate: float = 0.0
+    decay_share: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    log_every: int = 20
+    evaluate_every: int = 500
+    save_every: int = 500
+    keep: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        positive = {"steps": self.steps, "learning_rate": self.learning_rate}
+        positive |= {"log_every": self.log_every, "save_every": self.save_every, "keep": self.keep}
+        for name, value in positive.items():
+            if not value > 0:
+                raise EmulusError(f"train.{name} must be positive, got {value}")
+        for name, share in {"ema_decay": self.ema_decay, "beta1": self.beta1, "beta2": self.beta2}.items():
+            if not 0 <= share < 1:
+                raise EmulusError(f"train.{name} must be in [0, 1), got {share}")

@@ -1,0 +1,83 @@
+"""What the loop needs to know of the thing it trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import PIL.Image
+from torch import Tensor, nn
+
+Batch = TypeVar("Batch")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """One batch's part of a step's loss.
+
+    Attributes:
+        total: What is differentiated; the step's loss is the sum over its batches.
+        figures: Means to log, each as a sum and the number (or weight) it is to be divided by over the whole step.
+        items: How many tokens or frames the batch held, for the speed.
+    """
+
+    total: Tensor
+    figures: dict[str, tuple[Tensor, float]]
+    items: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A look at held-out data: figures, and pictures to save beside them."""
+
+    metrics: dict[str, float]
+    pictures: dict[str, PIL.Image.Image] = field(default_factory=dict)
+
+
+class Objective(ABC, Generic[Batch, Model]):
+    """A model, its data and its loss. The loop owns everything else.
+
+    ``batches`` is a pure function of the step, and everything random in ``loss`` and ``after_step`` draws from torch's
+    global generator, which the loop seeds from the step. So a run can stop anywhere and go on to the same bits.
+    """
+
+    model: Model
+    unit: str = "items"
+
+    @abstractmethod
+    def batches(self, step: int) -> Sequence[Batch]:
+        """What a step sees, in pieces that each fit the memory; their gradients add up."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> StepLoss:
+        """Forward pass of one of a step's batches."""
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Set whatever depends on how far the run is."""
+
+    def after_step(self, step: int, steps: int) -> dict[str, float]:
+        """What else changes after the optimiser's step; more figures for the log."""
+        return {}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """State beside the model that a resumed run needs."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`extra_state` gave."""
+
+    @abstractmethod
+    def evaluate(self, model: Model) -> Evaluation:
+        """Measure ``model`` (the averaged weights, in eval mode) on held-out data."""
+
+    @abstractmethod
+    def save_model(self, model: Model, folder: Path) -> None:
+        """Write ``model`` as a folder that :func:`emulus.load` takes."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the run is about, for the first log line."""
+        return {"parameters": sum(parameter.numel() for parameter in self.model.parameters())}

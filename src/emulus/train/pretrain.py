@@ -1,0 +1,208 @@
+"""documents of text, pictures and clips -> a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from emulus.bundle import Bundle, GenerationDefaults, save_bundle
+from emulus.data.tokens import TokenizedItem, Tokens
+from emulus.device import pick_device
+from emulus.errors import EmulusError
+from emulus.model import Decoder, sized
+from emulus.sequence import Batch, Document, Grammar, caption_first, caption_last, collate, pack
+from emulus.tokenizer.vision.weights import load_vision_tokenizer
+from emulus.tokenizer.vocabulary import Vocabulary
+from emulus.train.config import TrainConfig
+from emulus.train.loop import train
+from emulus.train.objective import Evaluation, Objective, StepLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A decoder from scratch.
+
+    Attributes:
+        tokens: A folder made by ``emulus tokenize``.
+        out: Folder of the run.
+        size: Named size of the decoder (``emulus info --sizes`` lists them).
+        context: Longest document, in ids.
+        dropout: The released model's one dropout rate (embeddings, attention, residuals).
+        documents_per_step: Documents in each optimiser step.
+        row_tokens: Documents are packed end to end into rows of at most this many ids; one row is in memory at a time.
+        caption_first: Share of documents that begin with their caption (drawing); the others end with it (captioning).
+        null_caption: Share of caption-first documents without a caption, from which guidance learns.
+        visual_weight: Weight of visual ids in the loss; all others weigh 1 (0.5 in the paper).
+        evaluation_documents: Held-out documents measured at each evaluation, half of each order.
+        defaults: Generation settings saved with the model.
+    """
+
+    tokens: Path
+    out: Path
+    size: str = "tiny"
+    context: int = 2048
+    dropout: float = 0.1
+    documents_per_step: int = 32
+    row_tokens: int = 8192
+    caption_first: float = 0.5
+    null_caption: float = 0.1
+    visual_weight: float = 0.5
+    evaluation_documents: int = 64
+    train: TrainConfig = field(default_factory=TrainConfig)
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    def __post_init__(self) -> None:
+        if self.row_tokens < self.context:
+            raise EmulusError(f"row_tokens ({self.row_tokens}) must be at least context ({self.context})")
+        for name in ("caption_first", "null_caption"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise EmulusError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Packed documents, and the loss weight of the whole step they are a part of."""
+
+    documents: Batch
+    step_weight: float
+
+
+class PretrainObjective(Objective[Row, Decoder]):
+    """Next-token prediction on packed documents."""
+
+    unit = "tokens"
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.train.device)
+        self.tokens = Tokens.open(config.tokens)
+        vocabulary = self.tokens.vocabulary
+        self.grammar = Grammar(vocabulary, self.tokens.text)
+        self.items = self.tokens.items("train")
+        if not self.items:
+            raise EmulusError(f"{config.tokens} has no training items")
+        self._check_lengths()
+        torch.manual_seed(config.train.seed)
+        shape = sized(
+            config.size,
+            vocab_size=vocabulary.size,
+            max_position_embeddings=config.context,
+            attention_dropout=config.dropout,
+            pad_token_id=vocabulary.pad,
+        )
+        self.model = Decoder(shape).to(self.device)
+        self.held_out = self._held_out_rows()
+
+    def _check_lengths(self) -> None:
+        longest = max(self.items, key=lambda item: item.media.codes.numel())
+        length = len(self.grammar.build(caption_last(longest.media, max(longest.captions, key=len, default=""))))
+        if length > self.config.context:
+            raise EmulusError(
+                f"{longest.id} is {length} ids long but the context is {self.config.context}: "
+                "raise --context (and --row-tokens), or tokenize at a smaller size or fewer frames"
+            )
+
+    def batches(self, step: int) -> list[Row]:
+        """The step's documents, packed into rows. Every item comes once per epoch, in an order of its own."""
+        count, total = self.config.documents_per_step, len(self.items)
+        chosen = []
+        for place in range(step * count, (step + 1) * count):
+            epoch, position = divmod(place, total)
+            chosen.append(self._document(self._order(epoch)[position], place))
+        rows = self._rows(chosen)
+        step_weight = sum(float(row.loss_weights.sum()) for row in rows)
+        return [Row(documents=row, step_weight=step_weight) for row in rows]
+
+    def _order(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return np.random.default_rng([self.config.train.seed, epoch]).permutation(len(self.items))
+
+    def _document(self, index: int, place: int) -> Document:
+        """Choose caption and order for one reading of an item."""
+        item = self.items[index]
+        draw = np.random.default_rng([self.config.train.seed, 1, place])
+        caption = item.captions[int(draw.integers(len(item.captions)))] if item.captions else ""
+        if draw.random() < self.config.caption_first or not caption:
+            return caption_first("" if draw.random() < self.config.null_caption else caption, item.media)
+        return caption_last(item.media, caption)
+
+    def _rows(self, documents: Sequence[Document]) -> list[Batch]:
+        """Documents as ids, packed into rows."""
+        ids = [self.grammar.build(document) for document in documents]
+        rows = pack([len(document) for document in ids], self.config.row_tokens)
+        weight = self.config.visual_weight
+        return [
+            collate([ids[i] for i in row], self.tokens.vocabulary, visual_weight=weight).to(self.device) for row in rows
+        ]
+
+    def _held_out_rows(self) -> list[Batch]:
+        """The same held-out documents at every evaluation: half begin with their caption, half end with it."""
+        items = [item for item in self.tokens.items("validation") if item.captions]
+        chosen = spread(items, self.config.evaluation_documents)
+        orders = (caption_first(item.captions[0], item.media) if number % 2 else caption_last(item.media, item.captions[0]) for number, item in enumerate(chosen))
+        return self._rows(list(orders))
+
+    def loss(self, batch: Row) -> StepLoss:
+        """Weighted cross-entropy of one row, as its part of the whole step's weighted mean."""
+        losses = token_losses(self.model, batch.documents)
+        total = (losses * batch.documents.loss_weights).sum() / batch.step_weight
+        figures = split_by_modality(losses.detach(), batch.documents, self.tokens.vocabulary)
+        return StepLoss(total=total, figures=figures, items=losses.numel())
+
+    def evaluate(self, model: Decoder) -> Evaluation:
+        """Bits per visual and per text id of held-out documents."""
+        sums: dict[str, list[float]] = {}
+        for batch in self.held_out:
+            for name, (total, count) in split_by_modality(token_losses(model, batch), batch, self.tokens.vocabulary).items():
+                sums.setdefault(name, [0.0, 0.0])
+                sums[name][0] += float(total)
+                sums[name][1] += count
+        return Evaluation(metrics={f"{name}_bits": total / count / np.log(2) for name, (total, count) in sums.items()})
+
+    def save_model(self, model: Decoder, folder: Path) -> None:
+        """Write a whole model: decoder, vision tokenizer, text and defaults."""
+        bundle = Bundle(
+            decoder=model,
+            vision=load_vision_tokenizer(self.config.tokens / "vision"),
+            text=self.tokens.text,
+            vocabulary=self.tokens.vocabulary,
+            defaults=self.config.defaults,
+        )
+        save_bundle(bundle, folder)
+
+
+def token_losses(model: Decoder, batch: Batch) -> Float[Tensor, "tokens"]:
+    """Cross-entropy in nats of each position's target (0 where there is none), in float32."""
+    logits = model(batch.input_ids[None], position_ids=batch.position_ids[None], document_lengths=batch.document_lengths)
+    losses = F.cross_entropy(logits[0].float(), batch.targets, reduction="none")
+    return losses * (batch.loss_weights > 0)
+
+
+def split_by_modality(
+    losses: Float[Tensor, "tokens"], batch: Batch, vocabulary: Vocabulary
+) -> dict[str, tuple[Tensor, float]]:
+    """Sum and number of the losses of visual and of text targets. Grammar ids, which are known, count as neither."""
+    targets, counted = batch.targets, batch.loss_weights > 0
+    parts = {}
+    for name, (start, stop) in {"visual": vocabulary.visual_range, "text": vocabulary.text_range}.items():
+        chosen = counted & (targets >= start) & (targets < stop)
+        if count := int(chosen.sum()):
+            parts[name] = (losses[chosen].sum(), float(count))
+    return parts
+
+
+def spread(items: Sequence[TokenizedItem], count: int) -> list[TokenizedItem]:
+    """At most ``count`` items, evenly spread over the sequence, so that every style and kind has its share."""
+    stride = max(len(items) / count, 1.0)
+    return [items[int(place * stride)] for place in range(min(count, len(items)))]
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run (or go on with) the training; the folder of the final model. See :func:`emulus.train.loop.train`."""
+    return train(config.train, PretrainObjective(config), config.out)

@@ -1,0 +1,232 @@
+"""pictures and clips -> a vision tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from emulus.data.media_dataset import MediaDataset, shifted, to_pixels
+from emulus.data.source import open_source
+from emulus.device import pick_device
+from emulus.errors import EmulusError
+from emulus.media import pixels_to_image
+from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
+from emulus.tokenizer.vision.codebook import CodebookConfig, CodebookTrainer
+from emulus.tokenizer.vision.losses import ReconstructionConfig, reconstruction_loss
+from emulus.tokenizer.vision.metrics import codebook_usage, psnr, ssim
+from emulus.tokenizer.vision.weights import save_vision_tokenizer
+from emulus.train.config import TrainConfig
+from emulus.train.loop import train
+from emulus.train.objective import Evaluation, Objective, StepLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig:
+    """A vision tokenizer from scratch.
+
+    Attributes:
+        data: A data set (see docs/data.md).
+        out: Folder of the run.
+        size: Side of the training pictures in pixels.
+        fps: Frame rate clips are brought to; 0 keeps theirs.
+        pictures_per_batch: Pictures in each batch.
+        clips_per_batch: Clips in each batch (0 when the data has none).
+        clip_frames: Length of the training clips, a multiple of the temporal factor.
+        shift: Pictures are shifted by up to this many pixels, for variety.
+        flip: Pictures are mirrored half of the time.
+        batch_norm_share: Share of the steps after which the batch norms keep their running figures: pictures
+            and clips differ, and the layers must learn with the statistics that are used later.
+        revive_share: Share of the steps during which dead codes are revived.
+        evaluation_items: Held-out pictures, and a tenth as many clips, measured at each evaluation.
+    """
+
+    data: Path
+    out: Path
+    size: int = 64
+    fps: float = 0.0
+    model: VisionTokenizerConfig = field(default_factory=VisionTokenizerConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    pictures_per_batch: int = 16
+    clips_per_batch: int = 2
+    clip_frames: int = 8
+    shift: int = 4
+    flip: bool = True
+    batch_norm_share: float = 0.1
+    revive_share: float = 0.8
+    evaluation_items: int = 256
+
+    def __post_init__(self) -> None:
+        if self.size % self.model.spatial_factor:
+            raise EmulusError(f"size must be a multiple of {self.model.spatial_factor}, got {self.size}")
+        if self.clip_frames % self.model.temporal_factor:
+            raise EmulusError(f"clip_frames must be a multiple of {self.model.temporal_factor}, got {self.clip_frames}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaBatch:
+    """Pixels in [-1, 1]: pictures ``(B, 3, H, W)`` and clips ``(B, T, 3, H, W)``; either may be missing."""
+
+    pictures: Tensor | None
+    clips: Tensor | None
+
+
+class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
+    """Reconstruction and commitment; the codebook follows the latents."""
+
+    unit = "frames"
+
+    def __init__(self, config: TokenizerTrainConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.train.device)
+        torch.manual_seed(config.train.seed)
+        self.model = VisionTokenizer(config.model).to(self.device)
+        self.codebook = CodebookTrainer(self.model.quantize, config.codebook)
+        source = open_source(config.data)
+        fps = config.fps or None
+
+        def dataset(split: str, kind: str) -> MediaDataset | None:
+            items = [item for item in source if item.split == split and item.kind == kind]
+            return MediaDataset(items, size=config.size, fps=fps) if items else None
+
+        self.pictures, self.clips = dataset("train", "image"), dataset("train", "video")
+        self.held_out = dataset("validation", "image"), dataset("validation", "video")
+        if (self.pictures is None or not config.pictures_per_batch) and (self.clips is None or not config.clips_per_batch):
+            raise EmulusError(f"{config.data} has no training pictures or clips")
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def batches(self, step: int) -> list[MediaBatch]:
+        """One batch of pictures and windows of clips, drawn at random with replacement."""
+        config = self.config
+        draw = np.random.default_rng([config.train.seed, step])
+        pictures = clips = None
+        if self.pictures is not None and config.pictures_per_batch:
+            chosen = draw.integers(len(self.pictures), size=config.pictures_per_batch)
+            pictures = torch.stack([self._vary(self.pictures[int(i)], draw)[0] for i in chosen])
+        if self.clips is not None and config.clips_per_batch:
+            chosen = draw.integers(len(self.clips), size=config.clips_per_batch)
+            windows = [_window(self.clips[int(i)], config.clip_frames, draw) for i in chosen]
+            clips = torch.stack([self._vary(window, draw) for window in windows])
+        batch = MediaBatch(
+            pictures=None if pictures is None else to_pixels(pictures.to(self.device)),
+            clips=None if clips is None else to_pixels(clips.to(self.device)),
+        )
+        return [batch]
+
+    def _vary(self, frames: Tensor, draw: np.random.Generator) -> Tensor:
+        """Shift the frames a little and perhaps mirror them."""
+        moved = shifted(frames, draw, self.config.shift)
+        return moved.flip(-1) if self.config.flip and draw.integers(2) else moved
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Freeze the batch norms in the last part of the run."""
+        if step >= self.config.batch_norm_share * steps:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.eval()
+
+    def loss(self, batch: MediaBatch) -> StepLoss:
+        """Pictures and clips weigh by their number of frames."""
+        self._seen.clear()
+        parts = [pixels for pixels in (batch.pictures, batch.clips) if pixels is not None]
+        frames = [pixels[..., 0, 0, 0].numel() for pixels in parts]
+        total = torch.zeros((), device=self.device)
+        shown: dict[str, tuple[Tensor, float]] = {}
+        for pixels, count in zip(parts, frames, strict=True):
+            loss, quality = self._reconstruct(pixels)
+            total = total + loss * (count / sum(frames))
+            shown["picture_psnr" if pixels.ndim == 4 else "clip_psnr"] = (quality, 1.0)
+        return StepLoss(total=total, figures=shown, items=sum(frames))
+
+    def _reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of pictures or clips, and their PSNR over all pixels together."""
+        latents = self.model.latents(pixels)
+        flat = latents.movedim(1, -1).flatten(0, -2)
+        self.codebook.start(flat.detach())
+        codes = self.model.quantize.encode(latents)
+        vectors = self.model.quantize.decode(codes)
+        self._seen.append((flat.detach(), codes.flatten()))
+        # Straight through: the decoder sees the codebook vectors, the encoder gets their gradient.
+        painted = self.model.paint(latents + (vectors - latents).detach(), is_image=pixels.ndim == 4)
+        loss, _ = reconstruction_loss(painted, pixels, self.config.reconstruction)
+        error = (painted.detach().float() - pixels).square().mean()
+        return loss + self.codebook.commitment(latents, vectors), 10 * torch.log10(4 / error)
+
+    def after_step(self, step: int, steps: int) -> dict[str, float]:
+        """Move the codebook."""
+        latents, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        revived = self.codebook.update(latents, codes, revive=step < self.config.revive_share * steps)
+        return {"revived": float(revived), "codes_in_batch": float(len(codes.unique()))}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The codebook's running figures."""
+        return self.codebook.state()
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take the codebook's running figures back."""
+        self.codebook.load_state(state)
+
+    def evaluate(self, model: VisionTokenizer) -> Evaluation:
+        """PSNR, SSIM and codebook figures of held-out pictures and clips, and a sheet of input | reconstruction."""
+        metrics: dict[str, float] = {}
+        pictures: dict[str, PIL.Image.Image] = {}
+        codes: list[Tensor] = []
+        limits = {"picture": self.config.evaluation_items, "clip": max(self.config.evaluation_items // 10, 1)}
+        for (kind, limit), data in zip(limits.items(), self.held_out, strict=True):
+            if data is None:
+                continue
+            figures, sheet, part = self._measure(model, data, limit)
+            metrics |= {f"{kind}_{name}": value for name, value in figures.items()}
+            pictures[f"{kind}s"] = sheet
+            codes.append(part)
+        if codes:
+            metrics |= codebook_usage(torch.cat(codes), self.config.model.codebook_size)
+        return Evaluation(metrics=metrics, pictures=pictures)
+
+    def _measure(
+        self, model: VisionTokenizer, data: MediaDataset, limit: int
+    ) -> tuple[dict[str, float], PIL.Image.Image, Tensor]:
+        scores: list[Tensor] = []
+        codes: list[Tensor] = []
+        pairs: list[Tensor] = []
+        for index in range(min(limit, len(data))):
+            frames = whole_codes(data[index], model.config.temporal_factor)
+            pixels = to_pixels(frames.to(self.device))
+            is_picture = len(frames) == 1
+            code = model.encode(pixels if is_picture else pixels[None])
+            painted = model.decode(code).float().reshape_as(pixels)
+            scores.append(torch.stack([psnr(painted, pixels).mean(), ssim(painted, pixels).mean()]))
+            codes.append(code.flatten())
+            if len(pairs) < 16:
+                pairs.append(torch.cat([pixels[-1], painted[-1]], dim=2))
+        mean = torch.stack(scores).mean(0)
+        sheet = torch.cat([torch.cat(pairs[row : row + 4], dim=2) for row in range(0, len(pairs) // 4 * 4, 4)] or pairs[:1], dim=1)
+        return {"psnr": float(mean[0]), "ssim": float(mean[1])}, pixels_to_image(sheet.cpu()), torch.cat(codes)
+
+    def save_model(self, model: VisionTokenizer, folder: Path) -> None:
+        """Write the tokenizer in the released layout."""
+        save_vision_tokenizer(model, folder)
+
+
+def _window(frames: Tensor, length: int, draw: np.random.Generator) -> Tensor:
+    """A random run of ``length`` frames; a shorter clip holds its last frame."""
+    start = int(draw.integers(max(len(frames) - length, 0) + 1))
+    window = frames[start : start + length]
+    missing = length - len(window)
+    return torch.cat([window, window[-1:].expand(missing, -1, -1, -1)]) if missing else window
+
+
+def whole_codes(frames: Tensor, temporal_factor: int) -> Tensor:
+    """A clip cut to whole codes along time; one shorter than a code, or a picture, is left as it is."""
+    return frames if len(frames) == 1 else frames[: max(len(frames) // temporal_factor, 1) * temporal_factor]
+
+
+def train_tokenizer(config: TokenizerTrainConfig) -> Path:
+    """Run (or go on with) the training; the folder of the final tokenizer. See :func:`emulus.train.loop.train`."""
+    return train(config.train, TokenizerObjective(config), config.out)

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from emulus.data.source import SPLITS, Item, Source, open_source, split_of_key
+from emulus.errors import EmulusError
+
+
+def picture(shade: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (shade, 90, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def animation() -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 90, 200)]
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=100)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures and a clip, without a table."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "more" / "b.webp").write_bytes(picture(2))
+    (tmp_path / "c.webp").write_bytes(animation())
+    return tmp_path
+
+
+ROWS: list[dict[str, Any]] = [
+    {"file": "a.png", "caption": "a red dot"},
+    {"file": "more/b.webp", "caption": 'ein "roter" Punkt, 赤い'},
+    {"file": "c.webp", "caption": "a dot,\nmoving"},
+]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+
+
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("stem", ["captions", "metadata"])
+def test_a_folder_with_a_table_of_captions(folder: Path, suffix: str, stem: str) -> None:
+    WRITERS[suffix](folder / f"{stem}.{suffix}", ROWS)
+    source = open_source(folder)
+    assert [item.id for item in source] == ["a.png", "more/b.webp", "c.webp"]
+    assert [item.kind for item in source] == ["image", "image", "video"]
+    assert [item.captions for item in source] == [(row["caption"],) for row in ROWS]
+    assert [item.media for item in source] == [folder / row["file"] for row in ROWS]
+    assert [item.split for item in source] == [split_of_key(item.id) for item in source]
+
+
+@pytest.mark.parametrize("column", ["file", "file_name", "path", "image", "video", "media"])
+@pytest.mark.parametrize("words", ["caption", "captions", "text"])
+def test_the_names_that_columns_go_by(folder: Path, column: str, words: str) -> None:
+    write_jsonl(folder / "captions.jsonl", [{column: "c.webp", words: "a dot"}])
+    (item,) = open_source(folder)
+    assert item.captions == ("a dot",)
+    assert item.kind == ("image" if column == "image" else "video")
+
+
+def test_rows_of_one_file_are_one_item(folder: Path) -> None:
+    rows = [
+        {"file": "a.png", "captions": ["one", " two "], "split": "test", "fps": None},
+        {"file": "a.png", "captions": ["two", "three", ""], "split": "test"},
+        {"file": "c.webp", "captions": "four", "split": "val", "kind": "video", "fps": 8, "id": 17},
+    ]
+    write_jsonl(folder / "captions.jsonl", rows)
+    first, second = open_source(folder)
+    assert first == Item(
+        id="a.png", kind="image", captions=("one", "two", "three"), split="test", stored=folder / "a.png"
+    )
+    assert (second.id, second.split, second.fps) == ("17", "validation", 8.0)
+
+
+def test_splits_can_be_chosen(folder: Path) -> None:
+    write_jsonl(
+        folder / "captions.jsonl", [{**row, "split": split} for row, split in zip(ROWS, SPLITS, strict=True)]
+    )
+    assert [item.id for item in open_source(folder, splits=["train", "test"])] == ["a.png", "c.webp"]
+    assert [item.id for item in open_source(folder).select(split="validation")] == ["more/b.webp"]
+    assert [item.id for item in open_source(folder).select(kind="video")] == ["c.webp"]
+    assert open_source(folder).counts() == {"test video": 1, "train image": 1, "validation image": 1}
+    with pytest.raises(EmulusError, match=r"the split 'tset' is unknown; did you mean 'test'\?"):
+        open_source(folder, splits=["tset"])
+
+
+def test_parquet_with_the_media_in_it(tmp_path: Path) -> None:
+    media = [picture(1), picture(2), animation(), picture(3), picture(4)]
+    rows = [{"media": content, "captions": [f"number {n}", "again"]} for n, content in enumerate(media)]
+    path = tmp_path / "set.parquet"
+    write_parquet(path, rows)
+    for source in (open_source(path), open_source(tmp_path)):
+        assert [item.id for item in source] == [f"set/{n}" for n in range(5)]
+        assert [item.media for item in source] == media
+        assert [item.kind for item in source] == ["image", "image", "video", "image", "image"]
+        assert source[4].media == media[4]
+        assert source[0].captions == ("number 0", "again")
+        part = source[1:3]
+        assert isinstance(part, Source)
+        assert [item.id for item in part] == ["set/1", "set/2"]
+
+
+def test_hugging_face_parquet_in_parts(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "beside.png").write_bytes(picture(9))
+    first = [{"image": {"bytes": picture(1), "path": "x.png"}, "text": "one"}]
+    second = [
+        {"image": {"bytes": picture(2), "path": None}, "text": "two"},
+        {"image": {"bytes": None, "path": "beside.png"}, "text": "three"},
+        {"image": {"bytes": None, "path": "../beside.png"}, "text": "four"},
+        {"image": None, "text": "five"},
+    ]
+    write_parquet(tmp_path / "data" / "train-00000.parquet", first)
+    write_parquet(tmp_path / "data" / "train-00001.parquet", second)
+    source = open_source(tmp_path)
+    assert [item.id for item in source][:2] == ["train-00000/0", "train-00001/0"]
+    assert [item.media for item in source[:3]] == [picture(1), picture(2), tmp_path / "data" / "beside.png"]
+    with pytest.raises(EmulusError, match=r"row 1 of group 2: '\.\./beside\.png' is outside"):
+        _ = source[3].media
+    with pytest.raises(EmulusError, match="row 2 of group 2 has no media and names no file"):
+        _ = source[4].media
+
+
+def test_the_media_of_a_rewritten_parquet_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "set.parquet"
+    write_parquet(path, [{"image": picture(1), "text": "one"}])
+    (item,) = open_source(path)
+    assert item.media == picture(1)
+    write_parquet(path, [{"image": picture(2) + bytes(100), "text": "one"}])
+    assert item.media == picture(2) + bytes(100)
+    path.unlink()
+    with pytest.raises(EmulusError, match=r"set\.parquet is no whole Parquet file"):
+        _ = item.media
+
+
+def test_a_broken_medium_does_not_keep_the_others_from_being_read(folder: Path) -> None:
+    (folder / "a.png").write_bytes(b"no picture")
+    (folder / "c.webp").write_bytes(b"")
+    write_jsonl(folder / "captions.jsonl", ROWS)
+    assert len(open_source(folder)) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file": "gone.png"}, "line 2: 'gone.png' is not in .*; restore that file or remove the row"),
+        ({"file": "../a.png"}, r"line 2: '\.\./a\.png' is outside"),
+        ({"file": "more/../../a.png"}, "line 2: .* is outside"),
+        ({"file": "/etc/hostname"}, "line 2: '/etc/hostname' is outside"),
+        ({"file": "C:\\a.png"}, "line 2: .* is outside"),
+        ({"file": "..\\a.png"}, "line 2: .* is outside"),
+        ({"file": ""}, "line 2 has no media and names no file"),
+        ({"file": None}, "line 2 has no media and names no file"),
+        ({"file": 3}, "line 2 has no media and names no file"),
+        ({"file": "a\0.png"}, "line 2 has no media and names no file"),
+        ({"caption": "  "}, "line 2: 'caption' is empty"),
+        ({"caption": []}, "line 2: 'caption' is empty"),
+        ({"caption": None}, "line 2: 'caption' is neither a text nor a list of texts"),
+        ({"caption": ["a", 3]}, "line 2: 'caption' is neither a text nor a list of texts"),
+        ({"split": "tran"}, r"line 2: the split 'tran' is unknown; did you mean 'train'\?"),
+        ({"kind": "movie"}, "line 2: the kind 'movie' is unknown; did you mean 'video'"),
+        ({"fps": "fast"}, "line 2: fps 'fast' is not a number"),
+        ({"fps": -1}, "line 2: fps '-1' is not a number"),
+        ({"fps": float("nan")}, "line 2: fps 'nan' is not a number"),
+    ],
+)
+def test_rows_that_are_wrong_are_named(folder: Path, row: dict[str, Any], message: str) -> None:
+    write_jsonl(folder / "captions.jsonl", [ROWS[2], {**ROWS[0], **row}])
+    with pytest.raises(EmulusError, match=message) as caught:
+        open_source(folder)
+    assert "\n" not in str(caught.value)
+    assert "captions.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_missing_columns_are_named(folder: Path, suffix: str) -> None:
+    table = folder / f"captions.{suffix}"
+    WRITERS[suffix](table, [{"file": "a.png", "captoin": "a dot"}])
+    with pytest.raises(
+        EmulusError,
+        match=r"no column captions or caption or text; it has file, captoin; "
+        r"did you mean 'caption' for 'captoin'\?",
+    ):
+        open_source(folder)
+    WRITERS[suffix](table, [{"url": "a.png", "caption": "a dot"}])
+    with pytest.raises(EmulusError, match=r"no column media or image or .*; it has url, caption"):
+        open_source(folder)
+
+
+def test_tables_that_are_not_tables(folder: Path) -> None:
+    table = folder / "captions.jsonl"
+    line = json.dumps(ROWS[0])
+    for content, message in (
+        (f"{line}\n{{half\n", "line 2 is not JSON"),
+        (f"{line}\n\n[1]\n", "line 3 is not an object"),
+        (f"{line}\n" + "[" * 100_000, "line 2 is not JSON"),
+        ("", "has no rows"),
+    ):
+        table.write_text(content)
+        with pytest.raises(EmulusError, match=message):
+            open_source(folder)
+    table.write_bytes(line.encode() + b'\n{"file": "a.png", "caption": "\xff"}\n')
+    with pytest.raises(EmulusError, match=r"captions\.jsonl line 2 is not UTF-8"):
+        open_source(folder)
+    table.unlink()
+    table = folder / "captions.csv"
+    for text, message in (
+        ("file,caption\na.png,a dot, moving\n", "line 2 has not as many fields"),
+        ("file,caption\na.png\n", "line 2 has not as many fields"),
+        ('file,caption\na.png,"a dot', "line 2 is not CSV"),
+        ("", "has no column media"),
+        ("file,caption\n", "has no rows"),
+    ):
+        table.write_text(text)
+        with pytest.raises(EmulusError, match=message):
+            open_source(folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(folder: Path) -> None:
+    (folder / "captions.csv").write_text("file,caption\r\na.png,a dot\r\n", encoding="utf-8-sig")
+    assert open_source(folder)[0].captions == ("a dot",)
+
+
+def test_things_that_are_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(EmulusError, match="nowhere does not exist"):
+        open_source(tmp_path / "nowhere")
+    with pytest.raises(EmulusError, match=r"has no table of captions; add captions\.jsonl"):
+        open_source(tmp_path)
+    (tmp_path / "a.png").write_bytes(picture())
+    with pytest.raises(EmulusError, match=r"a\.png is no data set"):
+        open_source(tmp_path / "a.png")
+
+
+def test_truncated_parquet_is_refused_at_any_place(tmp_path: Path) -> None:
+    path = tmp_path / "set.parquet"
+    write_parquet(path, [{"image": picture(n), "text": f"number {n}"} for n in range(5)])
+    whole = path.read_bytes()
+    for length in (0, 3, len(whole) // 3, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(EmulusError, match=r"set\.parquet is no whole Parquet file"):
+            open_source(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.integers(0, 10_000), value=st.integers(0, 255))
+def test_damaged_parquet_raises_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, place: int, value: int
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "set.parquet"
+    write_parquet(path, [{"image": picture(n), "text": f"number {n}"} for n in range(5)])
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = value
+    path.write_bytes(content)
+    try:
+        assert all(isinstance(item.media, bytes) for item in open_source(path))
+    except EmulusError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_two_items_of_one_id_are_refused(tmp_path: Path) -> None:
+    write_parquet(
+        tmp_path / "set.parquet", [{"image": picture(n), "text": "dot", "id": "same"} for n in range(2)]
+    )
+    with pytest.raises(EmulusError, match="has the id 'same' of an earlier item"):
+        open_source(tmp_path)
