@@ -26,6 +26,7 @@ from emulus.tokenizer.vision import VisionTokenizer
 from emulus.tokenizer.vision.config import MODEL_TYPE as VISION_MODEL_TYPE
 from emulus.tokenizer.vision.weights import load_vision_tokenizer, save_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
+from emulus.weights import find_model
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -114,28 +115,9 @@ def load_bundle(path: Path | str, *, device: str = "auto", dtype: torch.dtype | 
     vision = load_vision_tokenizer(folder / "vision", target) if (folder / "vision").is_dir() else None
     size = vocabulary.size if vocabulary else None
     decoder = load_decoder(folder, dtype=dtype, device=target, vocab_size=size)
-    bundle = Bundle(
-        decoder=decoder, vision=vision, text=text, vocabulary=vocabulary, defaults=_read_defaults(folder)
-    )
+    bundle = Bundle(decoder=decoder, vision=vision, text=text, vocabulary=vocabulary, defaults=_read_defaults(folder))
     _check_together(bundle, folder)
     return bundle
-
-
-def find_model(path: Path) -> Path:
-    """The folder that holds ``config.json``: ``path`` itself, or the newest model of the run at ``path``.
-
-    Raises:
-        EmulusError: There is none.
-    """
-    if not path.is_dir():
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise EmulusError(f"there is no folder {path}{did_you_mean(path.name, siblings) if siblings else ''}")
-    if (path / "config.json").exists():
-        return path
-    steps = sorted(path.glob("checkpoints/step-*/COMPLETE"))
-    if not steps:
-        raise EmulusError(f"{path} holds no model (no config.json) and no finished checkpoint")
-    return steps[-1].parent / "model"
 
 
 def _read_defaults(folder: Path) -> GenerationDefaults:

@@ -83,7 +83,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise EmulusError(f"{path} is missing") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EmulusError(f"{path} is not valid JSON ({error}); it may be truncated: restore it from its source") from None
+        raise EmulusError(
+            f"{path} is not valid JSON ({error}); it may be truncated: restore it from its source"
+        ) from None
 
 
 @contextmanager

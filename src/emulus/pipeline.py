@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from emulus.bundle import Bundle, GenerationDefaults, load_bundle, save_bundle
-from emulus.engine import Engine, Request
+from emulus.engine import Engine, Request, Row
 from emulus.errors import EmulusError
 from emulus.media import (
     Clip,
@@ -158,12 +158,12 @@ class Emulus:
         factor = self.vision.config.spatial_factor
         codes = torch.zeros(h, w, dtype=torch.int64)
         for event in self.engine.stream(request):
-            if event.kind == "row":
-                codes[event.row] = torch.as_tensor(event.codes)
-                # Cells that are not there yet repeat the last row: the decoder sees its neighbours.
-                codes[event.row + 1 :] = codes[event.row]
+            if isinstance(event, Row):
+                # Rows that are not there yet repeat the last one: the painter looks at neighbours, and at nothing
+                # a repetition disturbs least.
+                codes[event.index :] = torch.tensor(event.codes)
                 pixels = self._paint(codes[None])[0]
-                pixels[:, (event.row + 1) * factor :] = 0.0
+                pixels[:, (event.index + 1) * factor :] = 0.0
                 yield pixels_to_image(pixels)
 
     def generate_video(self, prompt: str, **options: Any) -> Clip:
@@ -233,7 +233,7 @@ class Emulus:
         total = self._code_frames(num_frames) if num_frames else 2 * len(start.codes)
         if total <= len(start.codes):
             raise EmulusError(
-                f"the clip has {len(start.codes) * factor} frames already; num_frames must be more, got {total * factor}"
+                f"the clip has {len(start.codes) * factor} frames; num_frames must be more, got {total * factor}"
             )
         template = templates.continue_video(self.grammar, prompt, start, total)
         if not prompt:
@@ -328,7 +328,7 @@ class Emulus:
         known = {field.name for field in dataclasses.fields(SamplingParams)}
         for name in values.keys() - known:
             raise EmulusError(f"unknown option {name!r}; choose from {', '.join(sorted(known))}")
-        return Request.of(prompt, SamplingParams(**values))
+        return Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=SamplingParams(**values))
 
     def _finish(self, requests: Sequence[Request]) -> list[list[int]]:
         """Prompt and generated ids of each request."""

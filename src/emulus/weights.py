@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, did_you_mean
 from emulus.files import disk_errors, read_json, write_file
 
 CONFIG = "config.json"
@@ -40,6 +40,23 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     with disk_errors(path):
         write_file(path, write)
+
+
+def find_model(path: Path) -> Path:
+    """The folder that holds ``config.json``: ``path`` itself, or the newest model of the run at ``path``.
+
+    Raises:
+        EmulusError: There is none.
+    """
+    if not path.is_dir():
+        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise EmulusError(f"there is no folder {path}{did_you_mean(path.name, siblings) if siblings else ''}")
+    if (path / "config.json").exists():
+        return path
+    steps = sorted(path.glob("checkpoints/step-*/COMPLETE"))
+    if not steps:
+        raise EmulusError(f"{path} holds no model (no config.json) and no finished checkpoint")
+    return steps[-1].parent / "model"
 
 
 def find_shards(folder: Path) -> dict[Path, Shapes]:

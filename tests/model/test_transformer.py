@@ -163,9 +163,7 @@ def test_documents_never_leak() -> None:
 def test_gradients_stay_in_their_document() -> None:
     model, lengths = small(), [4, 6]
     seen: list[Tensor] = []
-    model.model.embed_tokens.register_forward_hook(
-        lambda _m, _i, output: seen.append(output.requires_grad_())
-    )
+    model.model.embed_tokens.register_forward_hook(lambda _m, _i, output: seen.append(output.requires_grad_()))
     output = model(random_ids(1, 10), document_lengths=lengths)
     (gradient,) = torch.autograd.grad(output[:, 4:].sum(), seen[0])
     assert not gradient[:, :4].any()

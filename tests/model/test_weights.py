@@ -27,9 +27,7 @@ def folder(tmp_path: Path) -> Path:
 def edit(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors.update({name: tensor for name, tensor in change.items() if tensor is not None})
-    kept = {
-        name: tensor for name, tensor in tensors.items() if name not in change or change[name] is not None
-    }
+    kept = {name: tensor for name, tensor in tensors.items() if name not in change or change[name] is not None}
     save_file(kept, folder / "model.safetensors")
 
 
@@ -83,17 +81,13 @@ def test_shards(folder: Path) -> None:
 
 @pytest.mark.parametrize("target", ["../elsewhere.safetensors", "/tmp/x.safetensors", "weights.bin"])
 def test_index_may_not_point_elsewhere(folder: Path, target: str) -> None:
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"lm_head.weight": target}})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": target}}))
     with pytest.raises(EmulusError, match=r"not a \.safetensors file beside it"):
         load_decoder(folder)
 
 
 def test_differences_are_listed(folder: Path) -> None:
-    norms = {
-        f"model.layers.{i}.{n}_layernorm.weight": None for i in (0, 1) for n in ("input", "post_attention")
-    }
+    norms = {f"model.layers.{i}.{n}_layernorm.weight": None for i in (0, 1) for n in ("input", "post_attention")}
     edit(folder, {**norms, "extra": torch.zeros(1), "lm_head.weight": torch.zeros(3, 3)})
     with pytest.raises(EmulusError) as caught:
         load_decoder(folder)
@@ -137,8 +131,6 @@ def test_pickles_and_missing_files(folder: Path) -> None:
 
 def test_a_huge_config_allocates_nothing(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "vocab_size": 2**23, "intermediate_size": 2**23})
-    )
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2**23, "intermediate_size": 2**23}))
     with pytest.raises(EmulusError, match="mis-shaped"):
         load_decoder(folder)

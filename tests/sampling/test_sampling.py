@@ -62,9 +62,7 @@ def test_guiding_a_slice_of_raw_logits_is_exact(scale: float, start: int, length
     legal = torch.full_like(whole, -math.inf)
     legal[:, part] = whole[:, part]
     sliced = apply_guidance(cond[:, part], uncond[:, part], scale)
-    torch.testing.assert_close(
-        top_k(sliced, k).softmax(-1), top_k(legal, k).softmax(-1)[:, part], atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(top_k(sliced, k).softmax(-1), top_k(legal, k).softmax(-1)[:, part], atol=1e-5, rtol=1e-4)
 
 
 def test_guidance_one_is_the_conditional_row() -> None:
@@ -90,9 +88,7 @@ def test_top_p_keeps_the_smallest_enough_set() -> None:
 
 
 def test_noise_is_gumbel() -> None:
-    drawn = (
-        gumbel(torch.arange(50), torch.arange(50) * 3, torch.arange(4000).expand(50, -1)).flatten().double()
-    )
+    drawn = gumbel(torch.arange(50), torch.arange(50) * 3, torch.arange(4000).expand(50, -1)).flatten().double()
     assert drawn.mean().item() == pytest.approx(0.57722, abs=0.01)
     assert drawn.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
     # Kolmogorov-Smirnov distance to the distribution function exp(-exp(-x)).

@@ -62,7 +62,14 @@ class Line(Objective[Tensor, nn.Sequential]):
 
 
 CONFIG = TrainConfig(
-    steps=24, learning_rate=0.05, warmup_steps=2, save_every=5, evaluate_every=10, log_every=8, ema_decay=0.9, device="cpu"
+    steps=24,
+    learning_rate=0.05,
+    warmup_steps=2,
+    save_every=5,
+    evaluate_every=10,
+    log_every=8,
+    ema_decay=0.9,
+    device="cpu",
 )
 
 

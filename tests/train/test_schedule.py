@@ -18,7 +18,9 @@ from emulus.train.schedule import learning_rate
     st.floats(0, 1),
 )
 def test_never_above_the_peak_nor_negative(steps: int, warmup: int, schedule: str, floor: float) -> None:
-    config = TrainConfig(steps=steps, warmup_steps=warmup, schedule=schedule, final_learning_rate=floor, learning_rate=0.5)
+    config = TrainConfig(
+        steps=steps, warmup_steps=warmup, schedule=schedule, final_learning_rate=floor, learning_rate=0.5
+    )
     rates = [learning_rate(config, step) for step in range(steps)]
     assert all(0 <= rate <= 0.5 + 1e-12 for rate in rates)
 

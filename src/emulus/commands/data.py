@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from emulus.config import from_flags
 from emulus.errors import EmulusError, did_you_mean
+from emulus.log import logger
 
 BUILDERS = ("emoji",)
 
@@ -19,4 +20,6 @@ def data(arguments: Sequence[str]) -> None:
         raise EmulusError(f"there is no data set {arguments[0]!r}{did_you_mean(arguments[0], BUILDERS)}")
     from emulus.data.emoji import EmojiConfig, build_emoji
 
-    print(build_emoji(from_flags(EmojiConfig(), arguments[1:], program="emulus data emoji")))
+    config = from_flags(EmojiConfig(), arguments[1:], program="emulus data emoji")
+    build_emoji(config, report=logger.info)
+    print(config.out)

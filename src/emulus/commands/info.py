@@ -13,10 +13,11 @@ import tyro
 import yaml
 from torch import nn
 
-from emulus.bundle import Bundle, find_model, load_bundle
+from emulus.bundle import Bundle, load_bundle
 from emulus.config import to_dict
 from emulus.model import SIZES
 from emulus.recipes import RECIPES, recipe
+from emulus.weights import find_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,11 @@ def info(arguments: Sequence[str]) -> None:
     else:
         folder = find_model(Path(options.path))
         found = {"folder": str(folder), **describe_bundle(load_bundle(folder, device="cpu", dtype=None))}
-    print(json.dumps(found, indent=1) if options.json else yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip())
+    print(
+        json.dumps(found, indent=1)
+        if options.json
+        else yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip()
+    )
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from emulus.media import fit, read_image, read_video
 
 
 class MediaDataset(Sequence[Tensor]):
-    """Items as uint8 frames ``(T, 3, size, size)`` (``T`` = 1 for a picture), decoded once and kept while memory allows.
+    """Items as uint8 frames ``(T, 3, size, size)``, one for a picture; decoded once and kept while there is room.
 
-    An item that cannot be read is reported once and stands in for by the next one that can.
+    An item that cannot be read is reported once, and the next one that can takes its place.
     """
 
     def __init__(

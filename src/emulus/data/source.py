@@ -32,9 +32,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MEDIA_COLUMNS = ("media", "image", "video", "file_name", "file", "path")
 CAPTION_COLUMNS = ("captions", "caption", "text")
-TABLES = tuple(
-    f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("jsonl", "csv", "parquet")
-)
+TABLES = tuple(f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("jsonl", "csv", "parquet"))
 """The names a table of captions goes by in a folder of media files, the first that exists."""
 
 _SPLIT_NAMES: dict[str, Split] = {
@@ -90,9 +88,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise EmulusError(
-            f"{path} is no whole Parquet file ({reason}); restore it from its source"
-        ) from error
+        raise EmulusError(f"{path} is no whole Parquet file ({reason}); restore it from its source") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,22 +194,16 @@ def _tables(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix in (".parquet", ".jsonl", ".csv"):
             return [path]
-        raise EmulusError(
-            f"{path} is no data set; name a .parquet file or a folder of media with captions.jsonl"
-        )
+        raise EmulusError(f"{path} is no data set; name a .parquet file or a folder of media with captions.jsonl")
     if not path.is_dir():
-        raise EmulusError(
-            f"{path} does not exist; name a .parquet file or a folder of media with captions.jsonl"
-        )
+        raise EmulusError(f"{path} does not exist; name a .parquet file or a folder of media with captions.jsonl")
     named = [path / name for name in TABLES if (path / name).is_file()]
     if named:
         return named[:1]
     parquet = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
     if parquet:
         return parquet
-    raise EmulusError(
-        f"{path} has no table of captions; add captions.jsonl, captions.csv or captions.parquet"
-    )
+    raise EmulusError(f"{path} has no table of captions; add captions.jsonl, captions.csv or captions.parquet")
 
 
 @dataclass(frozen=True)
@@ -298,9 +288,7 @@ def _inside(folder: Path, name: Any, where: str) -> Path:
         raise EmulusError(f"{where} has no media and names no file; mend that row")
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.anchor or ".." in windows.parts:
-        raise EmulusError(
-            f"{where}: '{name}' is outside {folder}; name files relative to that folder, without '..'"
-        )
+        raise EmulusError(f"{where}: '{name}' is outside {folder}; name files relative to that folder, without '..'")
     path = folder / name
     if not path.is_file():
         raise EmulusError(f"{where}: '{name}' is not in {folder}; restore that file or remove the row")
@@ -369,9 +357,7 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
         except (json.JSONDecodeError, RecursionError) as error:
             raise EmulusError(f"{where} is not JSON ({error}); mend that line") from None
         if not isinstance(values, dict):
-            raise EmulusError(
-                f'{where} is not an object such as {{"file": "a.png", "caption": "..."}}; mend that line'
-            )
+            raise EmulusError(f'{where} is not an object such as {{"file": "a.png", "caption": "..."}}; mend that line')
         yield _Row(values, where, number)
 
 
@@ -388,9 +374,7 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
                 )
             yield _Row(values, where, number)
     except csv.Error as error:
-        raise EmulusError(
-            f"{path} line {reader.reader.line_num} is not CSV ({error}); mend that line"
-        ) from None
+        raise EmulusError(f"{path} line {reader.reader.line_num} is not CSV ({error}); mend that line") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:

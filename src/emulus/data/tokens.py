@@ -132,7 +132,9 @@ def tokenize(config: TokenizeConfig) -> Path:
 
 def _settings(config: TokenizeConfig, vision: VisionTokenizer) -> dict[str, Any]:
     """What the codes depend on."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
+    values = {
+        key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
+    }
     for key in ("vision", "out", "batch", "device"):
         del values[key]
     digest = hashlib.sha256()
@@ -230,7 +232,11 @@ class Tokens:
             EmulusError: It is not one, or not finished.
         """
         if not (folder / SETTINGS).exists():
-            what = "is not finished: run the same tokenize command to go on" if (folder / "making.json").exists() else "holds no tokens: make them with emulus tokenize"
+            what = (
+                "is not finished: run the same tokenize command to go on"
+                if (folder / "making.json").exists()
+                else "holds no tokens: make them with emulus tokenize"
+            )
             raise EmulusError(f"{folder} {what}")
         text = TextTokenizer.from_file(folder / "tokenizer.json")
         return cls(folder=folder, text=text, vocabulary=Vocabulary.load(folder / "vocabulary.json"))
@@ -251,6 +257,8 @@ class Tokens:
         for row in rows:
             codes = torch.tensor(row["codes"], dtype=torch.int64).reshape(row["shape"])
             if not 0 <= int(codes.min()) <= int(codes.max()) < self.vocabulary.visual_size:
-                raise EmulusError(f"{path}: {row['id']} has codes outside the vocabulary of {self.vocabulary.visual_size}")
+                raise EmulusError(
+                    f"{path}: {row['id']} has codes outside the vocabulary of {self.vocabulary.visual_size}"
+                )
             media = Image(codes) if row["kind"] == "image" else Video(codes, fps=row["fps"])
             yield TokenizedItem(id=row["id"], captions=tuple(row["captions"]), media=media)

@@ -161,9 +161,7 @@ class Engine:
             chosen += zip(choice.walks, picked, strict=True)
         return chosen
 
-    def _legal_logits(
-        self, hidden: Float[Tensor, "rows hidden"], ranges: Ranges
-    ) -> Float[Tensor, "rows legal"]:
+    def _legal_logits(self, hidden: Float[Tensor, "rows hidden"], ranges: Ranges) -> Float[Tensor, "rows legal"]:
         """Compute logits of legal ids only: where cells are drawn, text's part of the head is not read."""
         return torch.cat([self.decoder.head(hidden, part) for part in ranges], dim=-1)
 
@@ -199,8 +197,7 @@ def _rectangle(
     ids = [lane.feed + lane.feed[-1:] * (width - len(lane.feed)) for lane in lanes]
     last = [lane.fed + len(lane.feed) - 1 for lane in lanes]
     positions = [
-        [min(lane.fed + column, end) for column in range(width)]
-        for lane, end in zip(lanes, last, strict=True)
+        [min(lane.fed + column, end) for column in range(width)] for lane, end in zip(lanes, last, strict=True)
     ]
     return torch.tensor(ids, device=device), torch.tensor(positions, device=device)
 

@@ -44,9 +44,7 @@ class Walk:
         self._grammar = grammar
         self._ids: list[int] = []
         self._text: list[int] = []
-        prompts = (
-            [request.prompt_ids, request.null_ids] if request.null_ids is not None else [request.prompt_ids]
-        )
+        prompts = [request.prompt_ids, request.null_ids] if request.null_ids is not None else [request.prompt_ids]
         for ids in prompts:
             _check_ids(ids, grammar.vocabulary.size)
         # A picture or clip of more cells could not be finished, so the model may not begin one.

@@ -29,12 +29,14 @@ class Accuracy:
     Attributes:
         right: How often.
         asked: Of how many questions.
+        share: Their ratio.
         low: Lower end of the 95 % interval (Wilson's).
         high: Upper end. Questions of one group share their candidates, so both are a little narrow.
     """
 
     right: int
     asked: int
+    share: float
     low: float
     high: float
 
@@ -47,12 +49,8 @@ class Accuracy:
         share, square = right / asked, Z * Z / asked
         middle = (share + square / 2) / (1 + square)
         reach = math.sqrt(share * (1 - share) / asked + square / asked / 4) * Z / (1 + square)
-        return cls(right=right, asked=asked, low=max(middle - reach, 0.0), high=min(middle + reach, 1.0))
-
-    @property
-    def share(self) -> float:
-        """Between 0 and 1."""
-        return self.right / self.asked
+        low, high = max(middle - reach, 0.0), min(middle + reach, 1.0)
+        return cls(right=right, asked=asked, share=share, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +61,7 @@ class Choice:
 
     Attributes:
         candidates: In each question.
+        chance: What guessing scores.
         groups: Of as many pictures as there are candidates; every one of a group is asked for once.
         picture_raw: Caption to picture, by log p(picture | caption).
         picture_pmi: Caption to picture, by log p(picture | caption) - log p(picture | no caption).
@@ -71,21 +70,15 @@ class Choice:
     """
 
     candidates: int
+    chance: float
     groups: int
     picture_raw: Accuracy
     picture_pmi: Accuracy
     caption_raw: Accuracy
     caption_pmi: Accuracy
 
-    @property
-    def chance(self) -> float:
-        """What guessing scores."""
-        return 1 / self.candidates
 
-
-def choose(
-    decoder: Decoder, grammar: Grammar, groups: Sequence[Sequence[TokenizedItem]]
-) -> Choice | None:
+def choose(decoder: Decoder, grammar: Grammar, groups: Sequence[Sequence[TokenizedItem]]) -> Choice | None:
     """Ask for every picture of every group by its caption, and for every caption by its picture.
 
     Args:
@@ -108,6 +101,7 @@ def choose(
     picture_raw, picture_pmi, caption_raw, caption_pmi = (Accuracy.of(int(n), size * len(groups)) for n in right)
     return Choice(
         candidates=size,
+        chance=1 / size,
         groups=len(groups),
         picture_raw=picture_raw,
         picture_pmi=picture_pmi,
@@ -120,9 +114,7 @@ def picture_scores(decoder: Decoder, grammar: Grammar, group: Sequence[Tokenized
     """Natural logarithm of p(picture | caption), a row per caption, and of p(picture | no caption)."""
     captions = [*(item.captions[0] for item in group), ""]
     documents = [
-        np.array(grammar.build(caption_first(caption, item.media), eos=False))
-        for caption in captions
-        for item in group
+        np.array(grammar.build(caption_first(caption, item.media), eos=False)) for caption in captions for item in group
     ]
     visual = [modalities(ids, grammar.vocabulary)["visual"] for ids in documents]
     scores = score(decoder, documents, visual, vocab_range=grammar.vocabulary.visual_range, what="pictures")

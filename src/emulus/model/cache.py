@@ -65,9 +65,7 @@ class KVCache:
         """
         reach = int(position_ids.max()) + 1
         if reach > self.max_length:
-            raise EmulusError(
-                f"a sequence of {reach} tokens does not fit a key/value cache of {self.max_length}"
-            )
+            raise EmulusError(f"a sequence of {reach} tokens does not fit a key/value cache of {self.max_length}")
         return reach
 
     def write(

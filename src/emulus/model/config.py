@@ -93,9 +93,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in (*_INTEGERS, *(("head_dim",) if self.head_dim is not None else ())):
-            _check(
-                _is_int(getattr(self, name), 1, _MAX_SIZE), name, getattr(self, name), "a positive integer"
-            )
+            _check(_is_int(getattr(self, name), 1, _MAX_SIZE), name, getattr(self, name), "a positive integer")
         _check(
             self.num_hidden_layers <= _MAX_LAYERS,
             "num_hidden_layers",
@@ -150,9 +148,7 @@ class DecoderConfig:
             EmulusError: A key is unknown or missing, or a value asks for maths this decoder does not do.
         """
         if not isinstance(values, Mapping):
-            raise EmulusError(
-                "the decoder's config is not a JSON object; restore config.json from its source"
-            )
+            raise EmulusError("the decoder's config is not a JSON object; restore config.json from its source")
         fields = {field.name for field in dataclasses.fields(cls)}
         known: dict[str, Any] = {}
         for key, value in values.items():
@@ -166,9 +162,7 @@ class DecoderConfig:
                 raise EmulusError(f"unknown key {key!r} in the decoder's config{did_you_mean(key, fields)}")
         missing = [name for name in _REQUIRED if name not in known]
         if missing:
-            raise EmulusError(
-                f"the decoder's config lacks {', '.join(missing)}; is it another model's config.json?"
-            )
+            raise EmulusError(f"the decoder's config lacks {', '.join(missing)}; is it another model's config.json?")
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,9 +198,7 @@ def _rope_theta(parameters: object) -> object:
     """Read transformers 5's ``rope_parameters``, of which only the unscaled kind is computed here."""
     plain = isinstance(parameters, Mapping) and parameters.get("rope_type", "default") == "default"
     if not plain or not isinstance(parameters, Mapping) or "rope_theta" not in parameters:
-        raise EmulusError(
-            f"decoder config: rope_parameters {parameters!r} is not plain RoPE; scaling is not supported"
-        )
+        raise EmulusError(f"decoder config: rope_parameters {parameters!r} is not plain RoPE; scaling is not supported")
     return parameters["rope_theta"]
 
 

@@ -121,9 +121,7 @@ class Attention(nn.Module):
         parts = zip(*(tensor.split(list(lengths), dim=2) for tensor in (q, k, v)), strict=True)
         return torch.cat([self._causal(*part) for part in parts], dim=2)
 
-    def _cached(
-        self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: KVCache, layer: int
-    ) -> Tensor:
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: KVCache, layer: int) -> Tensor:
         cache.write(layer, context.position_ids, k, v)
         keys = cache.keys[layer, :, :, : context.visible].to(q.dtype)
         values = cache.values[layer, :, :, : context.visible].to(q.dtype)
@@ -190,9 +188,7 @@ class Backbone(nn.Module):
             x = layer(x, context, index)
         return self.norm(x)
 
-    def _context(
-        self, position_ids: Tensor, document_lengths: Sequence[int] | None, cache: KVCache | None
-    ) -> Context:
+    def _context(self, position_ids: Tensor, document_lengths: Sequence[int] | None, cache: KVCache | None) -> Context:
         table = rotary(position_ids, self.config.head_width, self.config.rope_theta)
         if cache is None:
             return Context(table, document_lengths, None, position_ids, 0, None)
@@ -266,9 +262,7 @@ class Decoder(nn.Module):
         Raises:
             EmulusError: The arguments do not fit together, or a position lies beyond the cache.
         """
-        hidden = self.hidden(
-            input_ids, position_ids=position_ids, document_lengths=document_lengths, cache=cache
-        )
+        hidden = self.hidden(input_ids, position_ids=position_ids, document_lengths=document_lengths, cache=cache)
         return self.head(hidden[:, -1:] if last_only else hidden, vocab_range)
 
     def hidden(

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from emulus.errors import EmulusError
-from emulus.files import read_json, write_file, write_json
+from emulus.files import read_json, write_json
 from emulus.model.config import DecoderConfig
 from emulus.model.transformer import Decoder
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_shards, save_tensors
 
 
 def save_decoder(model: Decoder, folder: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -35,11 +27,11 @@ def save_decoder(model: Decoder, folder: Path | str, dtype: torch.dtype | None =
     """
     folder = Path(folder)
     tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
+        name: tensor.to(dtype=dtype)
         for name, tensor in model.state_dict().items()
         if not _is_tied(name, model.config)
     }
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    save_tensors(tensors, folder / WEIGHTS)
     write_json(folder / CONFIG, {"model_type": "emulus", **model.config.to_dict()})
 
 
@@ -85,17 +77,16 @@ def load_decoder(
             f"{folder}: the decoder knows {config.vocab_size} ids but the vocabulary has {vocab_size}; "
             "they come from different models: use the vocabulary saved with this decoder"
         )
-    shards = _shards(folder)
+    shards = find_shards(folder)
     # The shapes are compared before a model of that size is built: nothing is allocated on a config's word
     # alone.
     first = dataclasses.replace(config, num_hidden_layers=1)
     with torch.device("meta"):
         wanted = _expected(Decoder(first), config)
-    _compare(folder, wanted, {name: shape for shapes in shards.values() for name, shape in shapes.items()})
+    check_shapes(folder, wanted, shards)
     with torch.device("meta"):
         model = Decoder(config)
-    for path, names in shards.items():
-        _fill(model, path, list(names), dtype, device)
+    fill(model, shards, dtype=dtype, device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
@@ -116,88 +107,3 @@ def _expected(model: Decoder, config: DecoderConfig) -> dict[str, tuple[int, ...
         for index in copies:
             shapes[name.replace(block, f"model.layers.{index}.")] = tuple(tensor.shape)
     return shapes
-
-
-def _shards(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
-    """List the weight files and the shape of every tensor in each, reading headers only."""
-    if (folder / INDEX).exists():
-        names = _indexed(folder / INDEX)
-    elif (folder / WEIGHTS).exists():
-        names = [WEIGHTS]
-    else:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise EmulusError(
-                f"{folder} holds {pickles[0]}, a pickle, which could run code and is not read; "
-                "convert it to safetensors first"
-            )
-        raise EmulusError(f"{folder} holds no {WEIGHTS}; is it a decoder's folder?")
-    return {folder / name: _header(folder / name) for name in names}
-
-
-def _indexed(path: Path) -> list[str]:
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
-    if not isinstance(weight_map, Mapping) or not weight_map:
-        raise EmulusError(f"{path} has no weight_map; restore it from its source")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise EmulusError(
-                f"{path} points at {name!r}, which is not a .safetensors file beside it; it is not read"
-            )
-        if not (path.parent / name).exists():
-            raise EmulusError(f"{path.parent / name} is missing; fetch the shard that {path.name} lists")
-    return names
-
-
-def _damaged(path: Path, error: Exception) -> EmulusError:
-    reason = " ".join(str(error).split())
-    return EmulusError(f"{path} is damaged or truncated ({reason}); restore it from its source")
-
-
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
-
-
-def _compare(
-    folder: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
-    shared = [name for name in wanted if name in found]
-    differences = (
-        ("missing", [name for name in wanted if name not in found]),
-        ("unexpected", [name for name in found if name not in wanted]),
-        (
-            "mis-shaped",
-            [f"{name} {found[name]} for {wanted[name]}" for name in shared if found[name] != wanted[name]],
-        ),
-    )
-    parts = [_listing(kind, names) for kind, names in differences if names]
-    if parts:
-        raise EmulusError(f"{folder}: the weights are not those of its {CONFIG}: {'; '.join(parts)}")
-
-
-def _listing(kind: str, names: Sequence[str]) -> str:
-    rest = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} {kind} ({', '.join(names[:3])}{rest})"
-
-
-def _fill(
-    model: Decoder, path: Path, names: Sequence[str], dtype: torch.dtype | None, device: torch.device | str
-) -> None:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in names:
-                _assign(model, name, file.get_tensor(name).to(dtype=dtype))
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    # A tensor still backed by the file's mapping is copied: training would otherwise write into shared pages.
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.clone() if tensor.is_cpu else tensor))

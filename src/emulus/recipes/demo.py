@@ -22,9 +22,7 @@ def demo_tiny(data: Path = DATA, runs: Path = Path("runs/demo-tiny")) -> Recipe:
 
     Commands: ``emulus demo`` runs it; or ``emulus tokenizer-train demo-tiny``, ``tokenize``, ``pretrain``.
     """
-    vision = VisionTokenizerConfig(
-        ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), codebook_size=512
-    )
+    vision = VisionTokenizerConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), codebook_size=512)
     loop = TrainConfig(
         steps=240,
         learning_rate=3e-3,
@@ -36,7 +34,7 @@ def demo_tiny(data: Path = DATA, runs: Path = Path("runs/demo-tiny")) -> Recipe:
     )
     return Recipe(
         tokenizer=TokenizerTrainConfig(
-            data=data, out=runs / "tokenizer", size=32, shift=2, model=vision, train=loop, evaluation_items=64
+            data=data, out=runs / "tokenizer", size=32, shift=2, model=vision, train=loop, evaluation_items=64, clip_frames=8
         ),
         tokens=TokenizeConfig(
             data=data, vision=runs / "tokenizer", out=runs / "tokens", size=32, views=1, text_size=1024, max_frames=8

@@ -35,9 +35,7 @@ def sample(
     chosen = torch.empty(len(params), dtype=torch.long, device=logits.device)
     for setting, rows in _groups(params).items():
         part = logits[rows]
-        chosen[rows] = ids[
-            _choose(part, ids, setting, [params[r].seed for r in rows], [positions[r] for r in rows])
-        ]
+        chosen[rows] = ids[_choose(part, ids, setting, [params[r].seed for r in rows], [positions[r] for r in rows])]
     return chosen.tolist()
 
 
@@ -62,7 +60,5 @@ def _choose(
         return logits.argmax(-1)
     kept = top_p(top_k(apply_temperature(logits, temperature), k), p)
     device = logits.device
-    noise = gumbel(
-        torch.tensor(seeds, device=device), torch.tensor(positions, device=device), ids.expand(kept.shape)
-    )
+    noise = gumbel(torch.tensor(seeds, device=device), torch.tensor(positions, device=device), ids.expand(kept.shape))
     return (kept + noise).argmax(-1)

@@ -7,9 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def apply_temperature(
-    logits: Float[Tensor, "batch vocab"], temperature: float
-) -> Float[Tensor, "batch vocab"]:
+def apply_temperature(logits: Float[Tensor, "batch vocab"], temperature: float) -> Float[Tensor, "batch vocab"]:
     """Divide logits by the temperature, in float32.
 
     Args:

@@ -38,9 +38,7 @@ class SamplingParams:
             _is_number(self.temperature) and self.temperature >= 0,
             "at least 0",
         )
-        _check(
-            "top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 for no limit"
-        )
+        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 for no limit")
         _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]")
         fine = _is_number(self.guidance_scale) and self.guidance_scale >= 0
         _check("guidance_scale", self.guidance_scale, fine, "at least 0; 1 for none")

@@ -35,13 +35,9 @@ class MediaSize:
     def __post_init__(self) -> None:
         sizes = (self.h, self.w, self.frames)
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise EmulusError(
-                f"a medium has whole numbers of rows, columns and frames, not {self}; give 1 or more"
-            )
+            raise EmulusError(f"a medium has whole numbers of rows, columns and frames, not {self}; give 1 or more")
         if (self.t is None) != (self.fps is None):
-            raise EmulusError(
-                f"a clip needs frames and frames per second, a picture neither, not {self}; give both"
-            )
+            raise EmulusError(f"a clip needs frames and frames per second, a picture neither, not {self}; give both")
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
             raise EmulusError(f"a clip cannot have {self.fps} frames per second; give a number above 0")
 
@@ -173,9 +169,7 @@ class Document:
         object.__setattr__(self, "segments", tuple(self.segments))
         for segment in self.segments:
             if not isinstance(segment, Segment):
-                raise EmulusError(
-                    f"a document holds Text, Image, Video, Action, not {type(segment).__name__}; wrap it"
-                )
+                raise EmulusError(f"a document holds Text, Image, Video, Action, not {type(segment).__name__}; wrap it")
 
 
 @dataclass(frozen=True, kw_only=True)

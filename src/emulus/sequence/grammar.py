@@ -217,9 +217,7 @@ class Grammar:
             EmulusError: The size has more cells than :attr:`max_cells`.
         """
         if size.cells > self.max_cells:
-            raise EmulusError(
-                f"a medium of {size} has more than {self.max_cells} cells; make it smaller or shorter"
-            )
+            raise EmulusError(f"a medium of {size} has more than {self.max_cells} cells; make it smaller or shorter")
         v = self.vocabulary
         return self.layout.block(size, eol=v.eol, eof=v.eof, eoi=v.eoi)
 
@@ -249,9 +247,9 @@ class Grammar:
 
     @staticmethod
     def _check_codes(codes: Tensor, size: int, kind: str) -> None:
-        if len(codes) and int(codes.max()) >= size:
+        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise EmulusError(
-                f"{kind} code {int(codes.max())} is outside the vocabulary's {size} {kind} ids; "
+                f"{kind} codes {int(codes.min())} to {int(codes.max())} are not within 0 to {size - 1}; "
                 "use the tokenizer that belongs to the checkpoint"
             )
 
@@ -344,9 +342,7 @@ class Grammar:
         if not right.all():
             wrong = int(right.argmin())
             expected = int(block[wrong])
-            self._fail(
-                ids, start + wrong, "a visual id" if expected == CELL else self.vocabulary.surface(expected)
-            )
+            self._fail(ids, start + wrong, "a visual id" if expected == CELL else self.vocabulary.surface(expected))
 
     def _fail(self, ids: Ids, position: int, expected: str) -> NoReturn:
         found = self.vocabulary.surface(int(ids[position]))
@@ -424,9 +420,7 @@ class GrammarState:
     long the sequence. Made by :meth:`Grammar.start`.
     """
 
-    def __init__(
-        self, grammar: Grammar, opened: OpenMedia | None, *, may: frozenset[str], max_cells: int
-    ) -> None:
+    def __init__(self, grammar: Grammar, opened: OpenMedia | None, *, may: frozenset[str], max_cells: int) -> None:
         v = grammar.vocabulary
         self._grammar = grammar
         self._may = may

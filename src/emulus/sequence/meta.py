@@ -65,12 +65,7 @@ class MetaTemplate:
             if is_field
         )
         plain = "".join(f"{{{value}}}" if is_field else value for is_field, value in self.parts)
-        if (
-            sorted(numbers) != _NUMBERS[self.kind]
-            or not ends
-            or plain != self.template
-            or not plain.isascii()
-        ):
+        if sorted(numbers) != _NUMBERS[self.kind] or not ends or plain != self.template or not plain.isascii():
             raise EmulusError(
                 f"{self.kind} meta {self.template!r} cannot be read back: it needs {{h}} {{w}}, for clips "
                 "{t} {fps} and last, if at all, {seconds}, once each, with ASCII letters, no digits, between"
@@ -101,9 +96,7 @@ class MetaTemplate:
         if size.fps is not None:
             values |= {"t": str(size.t), "fps": _decimal(size.fps)}
             if not _FPS.fullmatch(values["fps"]):
-                raise EmulusError(
-                    f"{size.fps} frames per second are outside 0.001 to 999.999; resample the clip"
-                )
+                raise EmulusError(f"{size.fps} frames per second are outside 0.001 to 999.999; resample the clip")
             values["seconds"] = self._seconds(values)
         return self.template.format(**values)
 

@@ -58,9 +58,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 "make its pictures or clips smaller, leave it out, or raise the context length"
             )
     rows: list[list[int]] = []
-    room: list[
-        tuple[int, int]
-    ] = []  # (free ids, row), sorted: the fullest row that still fits is found by bisection
+    room: list[tuple[int, int]] = []  # (free ids, row), sorted: the fullest row that still fits is found by bisection
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         place = bisect_left(room, (lengths[index], 0))
         if place == len(room):
@@ -92,16 +90,14 @@ def collate(
     Raises:
         EmulusError: There are no documents, one is empty, or a mask is not as long as its document.
     """
-    masks = prompt_masks or [None] * len(documents_ids)
+    masks = [None] * len(documents_ids) if prompt_masks is None else prompt_masks
     lengths = [len(ids) for ids in documents_ids]
     if not lengths or not all(lengths) or len(masks) != len(lengths):
-        raise EmulusError(
-            f"cannot join {len(lengths)} documents of {lengths} ids with {len(masks)} masks; give some"
-        )
+        raise EmulusError(f"cannot join documents of {lengths} ids with {len(masks)} masks; leave out empty ones")
     for index, (mask, length) in enumerate(zip(masks, lengths, strict=True)):
         if mask is not None and len(mask) != length:
             raise EmulusError(
-                f"the prompt mask of document {index} has {len(mask)} places for its {length} ids"
+                f"the prompt mask of document {index} has {len(mask)} places for {length} ids; give one each"
             )
 
     input_ids = torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in documents_ids])

@@ -63,13 +63,9 @@ def continue_video(grammar: Grammar, caption: str, video_so_far: Video, total_t:
     """
     t, h, w = video_so_far.codes.shape
     if total_t <= t:
-        raise EmulusError(
-            f"a clip of {t} frames cannot be continued to {total_t}; ask for more than there are"
-        )
+        raise EmulusError(f"a clip of {t} frames cannot be continued to {total_t}; ask for more than there are")
     codes = video_so_far.codes.flatten()
-    return _captioned(
-        grammar, caption, grammar.open_media(h=h, w=w, t=total_t, fps=video_so_far.fps, codes=codes)
-    )
+    return _captioned(grammar, caption, grammar.open_media(h=h, w=w, t=total_t, fps=video_so_far.fps, codes=codes))
 
 
 def caption(grammar: Grammar, media: Image | Video) -> Prompt:
@@ -115,8 +111,8 @@ def check_fits(prompt: Prompt, grammar: Grammar, context: int) -> int:
     ids, least = max(rows, key=lambda row: len(row[0]) + row[1])
     if len(ids) + least > context:
         raise EmulusError(
-            f"the prompt's {len(ids)} ids and at least {least} to generate exceed the model's context of {context}; "
-            "shorten the prompt, or ask for a smaller picture or a shorter clip"
+            f"the prompt's {len(ids)} ids and at least {least} to generate exceed the model's context of "
+            f"{context}; shorten the prompt, or ask for a smaller picture or a shorter clip"
         )
     return len(ids) + least
 

@@ -55,7 +55,9 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
         logger.info(f"{run} is complete ({start} steps)")
         return loop.final_model()
     loop.log = MetricsLog(run, resumed_at=start, tensorboard=config.tensorboard)
-    logger.info(f"{'going on at step ' + str(start) if start else 'starting'}: {objective.describe()}, on {loop.device}")
+    logger.info(
+        f"{'going on at step ' + str(start) if start else 'starting'}: {objective.describe()}, on {loop.device}"
+    )
     line = StepLine(config.steps, objective.unit)
     with _interrupts() as interrupts:
         for step in range(start, config.steps):

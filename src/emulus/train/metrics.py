@@ -48,7 +48,9 @@ def _tensorboard(run: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise EmulusError("tensorboard is not installed: pip install 'emulus[tensorboard]', or drop --train.tensorboard") from None
+        raise EmulusError(
+            "tensorboard is not installed: pip install 'emulus[tensorboard]', or drop --train.tensorboard"
+        ) from None
     return SummaryWriter(str(run / "tensorboard"))
 
 

@@ -145,7 +145,10 @@ class PretrainObjective(Objective[Row, Decoder]):
         """The same held-out documents at every evaluation: half begin with their caption, half end with it."""
         items = [item for item in self.tokens.items("validation") if item.captions]
         chosen = spread(items, self.config.evaluation_documents)
-        orders = (caption_first(item.captions[0], item.media) if number % 2 else caption_last(item.media, item.captions[0]) for number, item in enumerate(chosen))
+        orders = (
+            caption_first(item.captions[0], item.media) if number % 2 else caption_last(item.media, item.captions[0])
+            for number, item in enumerate(chosen)
+        )
         return self._rows(list(orders))
 
     def loss(self, batch: Row) -> StepLoss:
@@ -159,7 +162,9 @@ class PretrainObjective(Objective[Row, Decoder]):
         """Bits per visual and per text id of held-out documents."""
         sums: dict[str, list[float]] = {}
         for batch in self.held_out:
-            for name, (total, count) in split_by_modality(token_losses(model, batch), batch, self.tokens.vocabulary).items():
+            for name, (total, count) in split_by_modality(
+                token_losses(model, batch), batch, self.tokens.vocabulary
+            ).items():
                 sums.setdefault(name, [0.0, 0.0])
                 sums[name][0] += float(total)
                 sums[name][1] += count
@@ -177,15 +182,17 @@ class PretrainObjective(Objective[Row, Decoder]):
         save_bundle(bundle, folder)
 
 
-def token_losses(model: Decoder, batch: Batch) -> Float[Tensor, "tokens"]:
+def token_losses(model: Decoder, batch: Batch) -> Float[Tensor, " tokens"]:
     """Cross-entropy in nats of each position's target (0 where there is none), in float32."""
-    logits = model(batch.input_ids[None], position_ids=batch.position_ids[None], document_lengths=batch.document_lengths)
+    logits = model(
+        batch.input_ids[None], position_ids=batch.position_ids[None], document_lengths=batch.document_lengths
+    )
     losses = F.cross_entropy(logits[0].float(), batch.targets, reduction="none")
     return losses * (batch.loss_weights > 0)
 
 
 def split_by_modality(
-    losses: Float[Tensor, "tokens"], batch: Batch, vocabulary: Vocabulary
+    losses: Float[Tensor, " tokens"], batch: Batch, vocabulary: Vocabulary
 ) -> dict[str, tuple[Tensor, float]]:
     """Sum and number of the losses of visual and of text targets. Grammar ids, which are known, count as neither."""
     targets, counted = batch.targets, batch.loss_weights > 0

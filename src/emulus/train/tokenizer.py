@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emulus.data.media_dataset import MediaDataset, shifted, to_pixels
-from emulus.data.source import open_source
+from emulus.data.source import Kind, Split, open_source
 from emulus.device import pick_device
 from emulus.errors import EmulusError
 from emulus.media import pixels_to_image
@@ -36,7 +36,8 @@ class TokenizerTrainConfig:
         fps: Frame rate clips are brought to; 0 keeps theirs.
         pictures_per_batch: Pictures in each batch.
         clips_per_batch: Clips in each batch (0 when the data has none).
-        clip_frames: Length of the training clips, a multiple of the temporal factor.
+        clip_frames: Length of the training clips (windows of longer ones) and of the held-out ones, a multiple of the
+            temporal factor. The causal layers see far back, so clips longer than this come out worse.
         shift: Pictures are shifted by up to this many pixels, for variety.
         flip: Pictures are mirrored half of the time.
         batch_norm_share: Share of the steps after which the batch norms keep their running figures: pictures
@@ -53,9 +54,9 @@ class TokenizerTrainConfig:
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    pictures_per_batch: int = 16
-    clips_per_batch: int = 2
-    clip_frames: int = 8
+    pictures_per_batch: int = 12
+    clips_per_batch: int = 1
+    clip_frames: int = 16
     shift: int = 4
     flip: bool = True
     batch_norm_share: float = 0.1
@@ -89,15 +90,16 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         self.model = VisionTokenizer(config.model).to(self.device)
         self.codebook = CodebookTrainer(self.model.quantize, config.codebook)
         source = open_source(config.data)
-        fps = config.fps or None
 
-        def dataset(split: str, kind: str) -> MediaDataset | None:
-            items = [item for item in source if item.split == split and item.kind == kind]
-            return MediaDataset(items, size=config.size, fps=fps) if items else None
+        def dataset(split: Split, kind: Kind, max_frames: int | None = None) -> MediaDataset | None:
+            items = source.select(split=split, kind=kind)
+            return MediaDataset(items, size=config.size, fps=config.fps or None, max_frames=max_frames) if items else None
 
         self.pictures, self.clips = dataset("train", "image"), dataset("train", "video")
-        self.held_out = dataset("validation", "image"), dataset("validation", "video")
-        if (self.pictures is None or not config.pictures_per_batch) and (self.clips is None or not config.clips_per_batch):
+        self.held_out = dataset("validation", "image"), dataset("validation", "video", config.clip_frames)
+        if (self.pictures is None or not config.pictures_per_batch) and (
+            self.clips is None or not config.clips_per_batch
+        ):
             raise EmulusError(f"{config.data} has no training pictures or clips")
         self._seen: list[tuple[Tensor, Tensor]] = []
 
@@ -206,7 +208,9 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
             if len(pairs) < 16:
                 pairs.append(torch.cat([pixels[-1], painted[-1]], dim=2))
         mean = torch.stack(scores).mean(0)
-        sheet = torch.cat([torch.cat(pairs[row : row + 4], dim=2) for row in range(0, len(pairs) // 4 * 4, 4)] or pairs[:1], dim=1)
+        sheet = torch.cat(
+            [torch.cat(pairs[row : row + 4], dim=2) for row in range(0, len(pairs) // 4 * 4, 4)] or pairs[:1], dim=1
+        )
         return {"psnr": float(mean[0]), "ssim": float(mean[1])}, pixels_to_image(sheet.cpu()), torch.cat(codes)
 
     def save_model(self, model: VisionTokenizer, folder: Path) -> None:

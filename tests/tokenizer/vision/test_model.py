@@ -166,11 +166,13 @@ def test_damaged_files(small: VisionTokenizer, tmp_path: Path) -> None:
         load_vision_tokenizer(tmp_path)
     weights.unlink()
     config.write_text(json.dumps(values))
-    with pytest.raises(EmulusError, match="model.safetensors"):
+    with pytest.raises(EmulusError, match=r"model\.safetensors"):
         load_vision_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"ch": 48}, {"codebook_size": 1}, {"temporal_downsample_factor": 3}, {"ch_mult": ()}])
+@pytest.mark.parametrize(
+    "change", [{"ch": 48}, {"codebook_size": 1}, {"temporal_downsample_factor": 3}, {"ch_mult": ()}]
+)
 def test_impossible_configs(change: dict[str, object]) -> None:
     with pytest.raises(EmulusError):
         VisionTokenizerConfig(**change)  # type: ignore[arg-type]

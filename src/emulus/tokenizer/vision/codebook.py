@@ -73,7 +73,7 @@ class CodebookTrainer:
         self.started.fill_(True)
 
     @torch.no_grad()
-    def update(self, latents: Float[Tensor, "n d"], codes: Int[Tensor, "n"], *, revive: bool) -> int:
+    def update(self, latents: Float[Tensor, "n d"], codes: Int[Tensor, " n"], *, revive: bool) -> int:
         """Move codes to the running mean of their latents, and dead codes to latents of this batch.
 
         Args:

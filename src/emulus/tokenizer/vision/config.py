@@ -79,10 +79,20 @@ class VisionTokenizerConfig:
         if values.get("double_z"):
             raise EmulusError("vision tokenizers with double_z (a mean and a variance per latent) are not supported")
         known = {field.name for field in dataclasses.fields(cls)}
-        bookkeeping = {"model_type", "double_z", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version"}
+        bookkeeping = {
+            "model_type",
+            "double_z",
+            "architectures",
+            "auto_map",
+            "torch_dtype",
+            "dtype",
+            "transformers_version",
+        }
         for key in values.keys() - known - bookkeeping:
             raise EmulusError(f"unknown key {key!r} in the vision tokenizer's config.json{did_you_mean(key, known)}")
-        chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
+        chosen: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known
+        }
         try:
             return cls(**chosen)
         except TypeError as error:

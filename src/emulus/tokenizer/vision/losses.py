@@ -24,7 +24,9 @@ class ReconstructionConfig:
 TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss}
 
 
-def reconstruction_loss(painted: Tensor, pixels: Tensor, config: ReconstructionConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def reconstruction_loss(
+    painted: Tensor, pixels: Tensor, config: ReconstructionConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the reconstruction terms.
 
     Args:

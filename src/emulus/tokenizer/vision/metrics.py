@@ -8,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def psnr(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
+def psnr(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
     """Peak signal-to-noise ratio in dB of each picture, both clipped to [-1, 1]. Higher is better."""
     error = (pixels.clamp(-1, 1) - other.clamp(-1, 1)).square().flatten(1).mean(1)
     # The range is 2 wide, so the squared peak is 4.
     return 10 * torch.log10(4.0 / error.clamp_min(1e-10))
 
 
-def ssim(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
+def ssim(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
     """Structural similarity of each picture, at most 1, both clipped to [-1, 1].
 
     Gaussian window of 11 (sigma 1.5), per channel, over the places where the window fits.
@@ -41,7 +41,7 @@ def ssim(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> F
     return similarity.flatten(1).mean(1).float()
 
 
-def codebook_usage(codes: Int[Tensor, "..."], codebook_size: int) -> dict[str, float]:
+def codebook_usage(codes: Int[Tensor, ...], codebook_size: int) -> dict[str, float]:
     """How a set of codes spreads over the codebook.
 
     Returns:

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from emulus.errors import EmulusError
+from emulus.tokenizer.vision.blocks import CausalConv3d
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.decoder import Decoder
 from emulus.tokenizer.vision.encoder import Encoder
 from emulus.tokenizer.vision.quantizer import Quantizer
-from emulus.tokenizer.vision.blocks import CausalConv3d
 
 
 class VisionTokenizer(nn.Module):
@@ -105,10 +105,14 @@ class VisionTokenizer(nn.Module):
             raise EmulusError(f"pixels must be (B, C, H, W) or (B, T, C, H, W), got shape {shape}")
         factor = self.config.spatial_factor
         if min(shape[-2:]) < factor or shape[-2] % factor or shape[-1] % factor:
-            raise EmulusError(f"height and width must be multiples of {factor}, got {shape[-2]}x{shape[-1]}: resize first")
+            raise EmulusError(
+                f"height and width must be multiples of {factor}, got {shape[-2]}x{shape[-1]}: resize first"
+            )
         frames = self.config.temporal_factor
         if pixels.ndim == 5 and (shape[1] == 0 or shape[1] % frames):
-            raise EmulusError(f"the number of frames must be a multiple of {frames}, got {shape[1]}: cut or repeat frames")
+            raise EmulusError(
+                f"the number of frames must be a multiple of {frames}, got {shape[1]}: cut or repeat frames"
+            )
 
 
 def _initialise(module: nn.Module) -> None:

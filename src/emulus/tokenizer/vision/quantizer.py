@@ -22,7 +22,7 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
 
     @torch.no_grad()
-    def nearest(self, latents: Float[Tensor, "n d"]) -> Int[Tensor, "n"]:
+    def nearest(self, latents: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
         """Index of the nearest codebook vector (squared distance) for each latent."""
         with torch.autocast(latents.device.type, enabled=False):
             codebook = self.embedding.weight.float()

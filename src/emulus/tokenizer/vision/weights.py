@@ -10,7 +10,7 @@ from emulus.errors import EmulusError
 from emulus.files import read_json, write_json
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.model import VisionTokenizer
-from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_shards, save_tensors
+from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_model, find_shards, save_tensors
 
 
 def save_vision_tokenizer(model: VisionTokenizer, folder: Path) -> None:
@@ -27,12 +27,14 @@ def load_vision_tokenizer(folder: Path, device: torch.device | str = "cpu") -> V
     """Read a vision tokenizer, in eval mode and float32: rounded weights would move codes.
 
     Args:
-        folder: A released or own vision tokenizer's.
+        folder: A vision tokenizer's, the training run's that made it, or a whole model's.
         device: Where it shall lie.
 
     Raises:
         EmulusError: A file is missing or damaged, or the weights are not those of the config.
     """
+    folder = find_model(folder)
+    folder = folder / "vision" if (folder / "vision" / CONFIG).exists() else folder
     values = read_json(folder / CONFIG)
     if not isinstance(values, dict):
         raise EmulusError(f"{folder / CONFIG} is not a config: it holds no keys and values")

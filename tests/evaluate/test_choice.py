@@ -1,0 +1,119 @@
+"""A model that knows its pictures by heart picks the right ones; one that knows nothing does not."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from emulus.data.tokens import TokenizedItem
+from emulus.evaluate.choice import Accuracy, caption_scores, choose, make_groups, picture_scores
+from emulus.model import Decoder
+from emulus.pipeline import Emulus
+from emulus.sequence import Image, caption_first, caption_last, collate
+from emulus.train.pretrain import token_losses
+
+WORDS = ("red", "green", "blue", "orange")
+
+
+def items(styles: tuple[str, ...] = ("flat", "round"), each: int = 4) -> list[TokenizedItem]:
+    found = []
+    for style in styles:
+        for place in range(each):
+            codes = np.random.default_rng([len(style), place]).integers(0, 64, size=(3, 3))
+            caption = f"a {style} {WORDS[place % 4]} disc" + " big" * (place // 4)
+            found.append(
+                TokenizedItem(id=f"{style}/{place}", captions=(caption,), media=Image(torch.from_numpy(codes)))
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def learned(model: Emulus) -> Decoder:
+    """The tiny decoder after learning eight pictures and their captions by heart."""
+    torch.manual_seed(0)
+    decoder = copy.deepcopy(model.decoder).eval()
+    documents = []
+    for item in items():
+        documents += [caption_first(item.captions[0], item.media), caption_last(item.media, item.captions[0])]
+    batch = collate([model.grammar.build(document) for document in documents], model.grammar.vocabulary)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        token_losses(decoder, batch).mean().backward()
+        optimizer.step()
+    return decoder
+
+
+def test_a_model_that_knows_picks_right(model: Emulus, learned: Decoder) -> None:
+    found = choose(learned, model.grammar, make_groups(items(), size=8, count=1))
+    assert found is not None
+    assert (found.candidates, found.groups, found.chance) == (8, 1, 1 / 8)
+    for accuracy in (found.picture_raw, found.picture_pmi, found.caption_raw, found.caption_pmi):
+        assert (accuracy.right, accuracy.asked) == (8, 8)
+
+
+def test_a_model_that_prefers_one_picture_is_right_once(model: Emulus, learned: Decoder) -> None:
+    """Captions that belong to other pictures: what the model learned is now wrong for all but the unmoved."""
+    known = items()
+    moved = [
+        *known[:2],
+        *(
+            TokenizedItem(id=item.id, captions=other.captions, media=item.media)
+            for item, other in zip(known[2:], [*known[3:], known[2]], strict=True)
+        ),
+    ]
+    found = choose(learned, model.grammar, [moved])
+    assert found is not None
+    assert found.picture_pmi.right == found.caption_raw.right == 2
+
+
+def test_mutual_information_subtracts_the_score_without_a_caption(model: Emulus, learned: Decoder) -> None:
+    group = items()[:3]
+    table, alone = picture_scores(learned, model.grammar, group)
+    assert table.shape == (3, 3)
+    again, nothing = picture_scores(
+        learned, model.grammar, [TokenizedItem(id=i.id, captions=("",), media=i.media) for i in group]
+    )
+    assert again == pytest.approx(np.tile(alone, (3, 1)), abs=1e-3)
+    assert nothing == pytest.approx(alone, abs=1e-3)
+    words, words_alone = caption_scores(learned, model.grammar, group)
+    assert (words.diagonal() > words_alone).all()
+
+
+def test_groups_are_full_distinct_and_always_the_same() -> None:
+    pool = [*items(each=8), *items(("other",), each=3), TokenizedItem(id="flat/x", captions=(), media=items()[0].media)]
+    groups = make_groups(pool, size=4, count=10)
+    assert groups == make_groups(pool[::-1], size=4, count=10)
+    assert [len(group) for group in groups] == [4] * 4
+    chosen = [item.id for group in groups for item in group]
+    assert len(set(chosen)) == len(chosen)
+    assert all(len({item.captions[0] for item in group}) == 4 for group in groups)
+    assert make_groups(pool, size=4, count=10, seed=1) != groups
+
+
+def test_groups_of_one_style_take_turns() -> None:
+    groups = make_groups(items(each=8), size=4, count=3, same_style=True)
+    styles = [{item.id.split("/")[0] for item in group} for group in groups]
+    assert styles == [{"flat"}, {"round"}, {"flat"}]
+    assert make_groups(items(each=8), size=9, count=3, same_style=True) == []
+
+
+def test_same_caption_never_meets_itself() -> None:
+    twins = [TokenizedItem(id=str(n), captions=("a disc",), media=items()[0].media) for n in range(6)]
+    assert make_groups(twins, size=2) == []
+
+
+def test_too_few_pictures(model: Emulus) -> None:
+    assert choose(model.decoder, model.grammar, make_groups(items(), size=16)) is None
+
+
+def test_wilson_interval() -> None:
+    # Published example: 10 of 100 give 5.52 % to 17.44 %.
+    accuracy = Accuracy.of(10, 100)
+    assert (accuracy.low, accuracy.high) == pytest.approx((0.0552, 0.1744), abs=1e-4)
+    assert accuracy.share == 0.1
+    assert Accuracy.of(0, 16).low == 0
+    assert Accuracy.of(16, 16).high == 1

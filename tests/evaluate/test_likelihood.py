@@ -1,0 +1,105 @@
+"""Scores against plain forward passes; bits per id of what can and cannot be known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from emulus.data.tokens import TokenizedItem
+from emulus.errors import EmulusError
+from emulus.evaluate.likelihood import likelihood, training_ids
+from emulus.evaluate.scores import modalities, score, score_endings
+from emulus.pipeline import Emulus
+from emulus.sequence import Document, Image, Text, Video, caption_first, caption_last
+
+
+def picture(seed: int, *captions: str) -> TokenizedItem:
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 64, size=(4, 4)))
+    return TokenizedItem(id=f"p/{seed}", captions=captions, media=Image(codes))
+
+
+def test_modalities_leave_out_what_the_grammar_writes(model: Emulus) -> None:
+    grammar, item = model.grammar, picture(0, "a red disc")
+    ids = np.array(grammar.build(caption_first("a red disc", item.media)))
+    masks = modalities(np.concatenate([ids, ids]), grammar.vocabulary)
+    start = grammar.vocabulary.visual_start
+    both = np.concatenate([ids, ids])
+    assert (both[masks["visual"]] - start).tolist() == item.media.codes.flatten().tolist() * 2
+    assert both[masks["text"]].tolist() == model.text.encode("a red disc") * 2
+
+
+def test_scores_are_those_of_a_plain_forward_pass(model: Emulus) -> None:
+    draw = np.random.default_rng(1)
+    documents = [draw.integers(0, 300, size=length) for length in (5, 31, 12, 2)]
+    masks = [draw.random(len(ids)) < 0.6 for ids in documents]
+    for mask in masks:
+        mask[0] = False
+    found = score(model.decoder, documents, masks, row_ids=20)
+    for ids, mask, part in zip(documents, masks, found, strict=True):
+        with torch.no_grad():
+            logs = model.decoder(torch.from_numpy(ids)[None])[0].log_softmax(-1)
+        expected = [float(logs[place - 1, ids[place]]) for place in np.flatnonzero(mask)]
+        assert part == pytest.approx(expected, abs=1e-4)
+
+
+def test_endings_score_as_whole_documents(model: Emulus) -> None:
+    draw = np.random.default_rng(2)
+    beginning, endings = draw.integers(0, 200, size=9), [draw.integers(0, 200, size=n) for n in (3, 1, 7)]
+    documents = [np.concatenate([beginning, ending]) for ending in endings]
+    masks = [np.arange(len(ids)) >= 9 for ids in documents]
+    whole = score(model.decoder, documents, masks, vocab_range=(0, 200))
+    found = score_endings(model.decoder, beginning, endings, vocab_range=(0, 200))
+    assert found == pytest.approx([part.sum() for part in whole], abs=1e-4)
+
+
+def test_scoring_switches_dropout_off_and_on_again(model: Emulus) -> None:
+    model.decoder.train()
+    try:
+        ids, mask = [np.arange(20)], [np.arange(20) > 0]
+        assert (score(model.decoder, ids, mask)[0] == score(model.decoder, ids, mask)[0]).all()
+        assert model.decoder.training
+    finally:
+        model.decoder.eval()
+
+
+def test_training_ids_hold_every_caption_and_picture(model: Emulus) -> None:
+    items = [picture(seed, "one disc", "two discs", "three") for seed in range(3)]
+    found = training_ids(model.grammar, items)
+    masks = modalities(found, model.grammar.vocabulary)
+    codes = torch.cat([item.media.codes.flatten() for item in items]).tolist()
+    assert (found[masks["visual"]] - model.grammar.vocabulary.visual_start).tolist() == codes
+    words = sum(len(model.text.encode(text)) for text in items[0].captions)
+    assert int(masks["text"].sum()) == 3 * words
+
+
+def test_bits_beside_counting_models(model: Emulus) -> None:
+    """Random codes: no model can know more than their distribution, and an untrained one knows nothing at all."""
+    training = [picture(seed, f"disc {seed % 7}") for seed in range(100, 160)]
+    clip = TokenizedItem(id="c", captions=("a clip",), media=Video(torch.zeros(2, 4, 4, dtype=torch.int64), fps=8))
+    found = likelihood(model.decoder, model.grammar, [*(picture(seed, "disc 3") for seed in range(8)), clip], training)
+    assert found.documents == 18
+    assert found.all["visual"].ids == 2 * (8 * 16 + 32)
+    assert found.parts["visual, picture, caption first"].ids == 8 * 16
+    assert found.parts["visual, picture, caption last"].unigram == pytest.approx(6, abs=0.3)
+    # The decoder's random weights are near to uniform over the whole vocabulary.
+    assert found.all["visual"].model == pytest.approx(np.log2(model.grammar.vocabulary.size), abs=0.5)
+    # "disc" and a number: the words are easily counted.
+    assert found.parts["text, picture, caption first"].bigram < found.parts["text, picture, caption first"].unigram < 5
+
+
+def test_text_given_a_picture_differs_from_text_alone(model: Emulus) -> None:
+    found = likelihood(model.decoder, model.grammar, [picture(0, "a red disc")], [picture(1, "a red disc")])
+    grammar, ids = model.grammar, model.text.encode("a red disc")
+    before = grammar.build(Document((picture(0).media,)), eos=False)
+    assert grammar.build(caption_last(picture(0).media, "a red disc"), eos=False) == [*before, *ids]
+    (expected,) = score_endings(model.decoder, np.array(before), [np.array(ids)])
+    part = found.parts["text, picture, caption last"]
+    assert part.model * part.ids == pytest.approx(-expected / np.log(2), abs=1e-3)
+    alone = grammar.build(Document((Text("a red disc"),)), eos=False)
+    assert alone[1:] == ids
+
+
+def test_nothing_to_score(model: Emulus) -> None:
+    with pytest.raises(EmulusError, match="held-out and training items"):
+        likelihood(model.decoder, model.grammar, [], [picture(0, "a disc")])

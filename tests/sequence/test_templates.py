@@ -1,0 +1,97 @@
+"""Prompts: parity with the released drawing prompts, null prompts, and documents that teach them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from emulus.errors import EmulusError
+from emulus.sequence import (
+    Document,
+    Grammar,
+    Image,
+    Text,
+    Video,
+    animate,
+    answer,
+    caption,
+    caption_first,
+    caption_last,
+    check_fits,
+    continue_video,
+    draw,
+    question_answer,
+)
+
+PICTURE = Image(torch.arange(6).reshape(2, 3))
+CLIP = Video(torch.arange(12).reshape(3, 2, 2), fps=8)
+TEXT_ONLY = frozenset({"text"})
+
+
+def test_released_drawing_prompts(official: Path, released: Grammar) -> None:
+    entries = json.loads((official / "expected.json").read_text())["generate_prompts"]
+    assert len(entries) == 4
+    for entry in entries:
+        prompt = draw(released, entry["text"], *entry["size"])
+        assert prompt.ids == entry["ids"]
+        assert prompt.may == frozenset()
+
+
+def test_drawing_begins_its_document_and_forgets_the_caption_without_guidance(grammar: Grammar) -> None:
+    document = grammar.build(caption_first("a cat", PICTURE))
+    prompt = draw(grammar, "a cat", 2, 3)
+    assert document[: len(prompt.ids)] == prompt.ids
+    assert (
+        prompt.null_ids
+        == draw(grammar, "", 2, 3).ids
+        == grammar.build(caption_first("", PICTURE))[: len(prompt.null_ids)]
+    )
+    assert prompt.may == frozenset()
+
+
+def test_animating_and_continuing_begin_their_document(grammar: Grammar) -> None:
+    document = grammar.build(caption_first("a cat", CLIP))
+    prompt = animate(grammar, "a cat", 3, 2, 2, 8)
+    assert document[: len(prompt.ids)] == prompt.ids
+    further = continue_video(grammar, "a cat", Video(CLIP.codes[:2], fps=8), 3)
+    assert document[: len(further.ids)] == further.ids
+    assert further.ids[: len(prompt.ids)] == prompt.ids
+    assert grammar.start(further.ids).position.frames == 2
+    assert grammar.parse(further.null_ids).document == Document()
+    assert grammar.start(further.null_ids).position.frames == 2
+
+
+def test_a_clip_cannot_be_continued_to_what_it_is(grammar: Grammar) -> None:
+    with pytest.raises(EmulusError, match="3 frames cannot be continued to 3"):
+        continue_video(grammar, "", CLIP, 3)
+
+
+@pytest.mark.parametrize("media", [PICTURE, CLIP])
+def test_captions_and_answers_begin_their_document(grammar: Grammar, media: Image | Video) -> None:
+    described = caption(grammar, media)
+    assert grammar.build(caption_last(media, "a cat")) == [
+        *described.ids,
+        *grammar.text.encode("a cat"),
+        grammar.vocabulary.eos,
+    ]
+    assert described.null_ids == [grammar.vocabulary.bos]
+    asked = answer(grammar, media, "how many?")
+    taught = grammar.build(question_answer(media, "how many?", "2"))
+    assert taught == [*asked.ids, *grammar.text.encode(" 2"), grammar.vocabulary.eos]
+    assert grammar.parse(asked.null_ids).document == Document((Text("Question: how many?\nAnswer:"),))
+    assert described.may == asked.may == TEXT_ONLY
+
+
+def test_what_fits_is_counted(grammar: Grammar) -> None:
+    prompt = draw(grammar, "a cat", 2, 3)
+    whole = len(grammar.build(caption_first("a cat", PICTURE)))
+    assert check_fits(prompt, grammar, whole) == whole
+    with pytest.raises(EmulusError, match=rf"{len(prompt.ids)} ids and at least 11 .* context of {whole - 1}; shorten"):
+        check_fits(prompt, grammar, whole - 1)
+    described = caption(grammar, PICTURE)
+    assert check_fits(described, grammar, 1000) == len(described.ids) + 1
+    with pytest.raises(EmulusError, match="at least 1 to generate"):
+        check_fits(described, grammar, len(described.ids))

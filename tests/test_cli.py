@@ -1,0 +1,127 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from emulus.cli import VERBS, main
+from emulus.media import read_video
+from emulus.pipeline import Emulus
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Emulus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save(folder)
+    return folder
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from emulus.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(verb in result.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main([verb, "--help"]) == 0
+    except SystemExit as end:
+        assert end.code == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "did you mean 'pretrain'"),
+        (["pretrain", "emoji-46"], "did you mean 'emoji-64'"),
+        (["pretrain"], "name a recipe"),
+        (["data", "emojy"], "did you mean 'emoji'"),
+        (["info", "nowhere/at/all"], "no folder nowhere/at/all"),
+        (["generate"], "needs a prompt"),
+    ],
+)
+def test_user_errors_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert "Traceback" not in error
+
+
+def test_draw_describe_animate_continue(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, clip, longer = tmp_path / "a.png", tmp_path / "a.webp", tmp_path / "b.gif"
+    at = ["--model", str(model)]
+    assert main(["generate", "a red apple", *at, "--out", str(picture), "--num-images", "2", "--seed", "5"]) == 0
+    assert capsys.readouterr().out.split() == [str(picture), str(tmp_path / "a-2.png")]
+    assert Image.open(picture).size == (16, 16)
+    assert Image.open(picture).tobytes() != Image.open(tmp_path / "a-2.png").tobytes()
+    assert main(["describe", str(picture), *at]) == 0
+    assert main(["describe", str(picture), *at, "--question", "what is it?"]) == 0
+    assert main(["generate", "a red apple", *at, "--video", "--out", str(clip), "--num-frames", "4"]) == 0
+    assert len(read_video(clip).frames) == 4
+    assert main(["continue", str(clip), *at, "--out", str(longer)]) == 0
+    assert len(read_video(longer).frames) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", " "], "prompt is empty"),
+        (["generate", "a cat", "--height", "18"], "the nearest is 16"),
+        (["generate", "a cat", "--temperature", "-1"], "temperature"),
+        (["generate", "a cat " * 200], "longest sequence is 256"),
+        (["generate", "a cat", "--video", "--num-frames", "6"], "multiple of 4"),
+        (["generate", "a cat", "--out", "cat.xyz"], "xyz"),
+        (["describe", "nowhere.png"], "nowhere.png"),
+        (["continue", "nowhere.webp"], "nowhere.webp"),
+    ],
+)
+def test_bad_requests(
+    model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--model", str(model)]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(model), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["vocabulary"]["visual"][1] - found["vocabulary"]["visual"][0] == 64
+    assert found["tasks"] == ["draw", "animate", "continue", "caption", "answer"]
+    assert main(["info", "emoji-64"]) == 0
+    assert main(["info", "--sizes"]) == 0
+    assert "emu3-8b" in capsys.readouterr().out
+
+
+def test_foreign_and_damaged_models(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A vocabulary from another model, and a weight file cut short."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model.rglob("*"):
+        if path.is_file():
+            target = copy / path.relative_to(model)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    vocabulary = json.loads((copy / "vocabulary.json").read_text())
+    (copy / "vocabulary.json").write_text(json.dumps({**vocabulary, "visual_size": 32}))
+    assert main(["generate", "a cat", "--model", str(copy)]) == 1
+    assert "different models" in capsys.readouterr().err
+    (copy / "vocabulary.json").write_text(json.dumps(vocabulary))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["generate", "a cat", "--model", str(copy)]) == 1
+    assert "damaged or truncated" in capsys.readouterr().err

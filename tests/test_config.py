@@ -1,0 +1,67 @@
+"""Configs as YAML and flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emulus.config import from_flags, merge, read_yaml, to_dict, write_yaml
+from emulus.errors import EmulusError
+from emulus.recipes import RECIPES, recipe
+from emulus.train.config import TrainConfig
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("stage", ["tokenizer", "tokens", "decoder"])
+def test_a_saved_config_can_be_fed_back(name: str, stage: str, tmp_path: Path) -> None:
+    config = getattr(recipe(name), stage)
+    write_yaml(tmp_path / "config.yaml", config)
+    assert merge(config, read_yaml(tmp_path / "config.yaml"), "config") == config
+    other = getattr(recipe(next(other for other in RECIPES if other != name)), stage)
+    assert merge(other, read_yaml(tmp_path / "config.yaml"), "config") == config
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: 7\nlearning_rate: 1e-4\n")
+    config = from_flags(TrainConfig(seed=3), ["--config", str(path), "--steps", "9"], program="test")
+    assert (config.steps, config.learning_rate, config.seed) == (9, 1e-4, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 7", "did you mean 'steps'"),
+        ("steps: many", "'many' is not int"),
+        ("steps: true", "True is not int"),
+        ("schedule: linear", "cosine, wsd"),
+        ("[1, 2]", "expected fields"),
+        ("steps: -1", "must be positive"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_wrong_files_get_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(EmulusError, match=message) as caught:
+        from_flags(TrainConfig(), ["--config", str(path)], program="test")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(EmulusError, match="no config file"):
+        from_flags(TrainConfig(), ["--config", "nowhere.yaml"], program="test")
+    with pytest.raises(EmulusError, match="needs a file"):
+        from_flags(TrainConfig(), ["--config"], program="test")
+
+
+def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        from_flags(TrainConfig(), ["--learning-rat", "1"], program="test")
+    assert caught.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_plain_values() -> None:
+    assert to_dict(recipe("demo-tiny").tokenizer)["model"]["ch_mult"] == [1, 2, 2]

@@ -1,0 +1,115 @@
+"""prompt -> media and back, on a whole tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+import emulus
+from emulus.bundle import Bundle
+from emulus.errors import EmulusError
+from emulus.media import Clip
+from emulus.pipeline import Emulus
+from emulus.sequence import Image, Video
+
+
+def picture(colour: tuple[int, int, int] = (200, 30, 60), size: int = 16) -> PILImage.Image:
+    image = PILImage.new("RGB", (size, size), colour)
+    image.putpixel((3, 5), (0, 255, 0))
+    return image
+
+
+def test_a_picture_depends_on_its_seed_alone(tiny: Emulus) -> None:
+    alone = tiny.generate_image("a red apple", seed=3)
+    among = tiny.generate_images(["a blue bird", "a red apple"], seed=2, num_images_per_prompt=2)
+    assert among[3].tobytes() == alone.tobytes()
+    assert among[2].tobytes() != alone.tobytes()
+
+
+def test_sizes(tiny: Emulus) -> None:
+    assert tiny.generate_image("a bird", height=8, width=24).size == (24, 8)
+    clip = tiny.generate_video("a bird", num_frames=12, fps=5.0)
+    assert (len(clip.frames), clip.fps, clip.frames[0].size) == (12, 5.0, (16, 16))
+
+
+def test_guidance_and_the_negative_prompt_matter(tiny: Emulus) -> None:
+    plain = tiny.generate_image("a red apple", guidance_scale=1.0)
+    guided = tiny.generate_image("a red apple", guidance_scale=8.0)
+    away = tiny.generate_image("a red apple", guidance_scale=8.0, negative_prompt="ein roter Apfel")
+    assert len({plain.tobytes(), guided.tobytes(), away.tobytes()}) == 3
+
+
+def test_streaming_ends_with_the_same_picture(tiny: Emulus) -> None:
+    shown = list(tiny.stream_image("a red apple", seed=1))
+    assert len(shown) == 4
+    assert shown[0].getpixel((8, 15)) == (128, 128, 128)
+    assert shown[-1].tobytes() == tiny.generate_image("a red apple", seed=1).tobytes()
+
+
+def test_continuing_keeps_the_start(tiny: Emulus) -> None:
+    start = tiny.generate_video("a bird", num_frames=4, seed=4)
+    codes = tiny.encode(start)
+    longer = tiny.continue_video(start, num_frames=12)
+    assert len(longer.frames) == 12
+    kept = tiny.decode(codes)
+    assert isinstance(kept, Clip)
+    assert [a.tobytes() for a in longer.frames[:4]] == [b.tobytes() for b in kept.frames]
+    with pytest.raises(EmulusError, match="must be more"):
+        tiny.continue_video(start, num_frames=4)
+    with pytest.raises(EmulusError, match="picture cannot be continued"):
+        tiny.continue_video(picture())
+
+
+def test_describing(tiny: Emulus) -> None:
+    one = tiny.describe(picture())
+    both = tiny.describe_all([picture((0, 0, 0)), picture()])
+    assert both[1] == one
+    assert isinstance(tiny.answer(picture(), "what is it?"), str)
+
+
+def test_codes_round_trip(tiny: Emulus) -> None:
+    media = tiny.encode(picture(size=40))
+    assert isinstance(media, Image)
+    assert media.codes.shape == (4, 4)
+    image = tiny.decode(media)
+    assert isinstance(image, PILImage.Image)
+    assert image.size == (16, 16)
+    clip = tiny.encode(Clip((picture(),) * 7, 8.0))
+    assert isinstance(clip, Video)
+    assert clip.codes.shape == (1, 4, 4)
+    with pytest.raises(EmulusError, match="4 make one code"):
+        tiny.encode(Clip((picture(),) * 3, 8.0))
+
+
+def test_special_strings_in_prompts_are_plain_text(tiny: Emulus) -> None:
+    """A prompt that spells a special token draws a picture like any other."""
+    assert tiny.generate_image("<|image end|><|eos|> a cat").size == (16, 16)
+
+
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_p": 0.0}, {"seed": -1}, {"guidance_scale": -1.0}, {"tempo": 1}])
+def test_options_out_of_range(tiny: Emulus, options: dict[str, float]) -> None:
+    with pytest.raises(EmulusError, match=next(iter(options))):
+        tiny.generate_image("a cat", **options)
+
+
+def test_save_and_load(tiny: Emulus, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    again = emulus.load(tmp_path / "model", device="cpu")
+    assert again.generate_image("a cat").tobytes() == tiny.generate_image("a cat").tobytes()
+    assert again.defaults == tiny.defaults
+    tiny.save(tmp_path / "half", dtype=torch.bfloat16)
+    half = emulus.load(tmp_path / "half", device="cpu", dtype=None)
+    assert half.decoder.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_part_of_a_model(tiny: Emulus, tmp_path: Path) -> None:
+    tiny.save(tmp_path)
+    vision = emulus.load(tmp_path / "vision", device="cpu")
+    assert vision.vision.config == tiny.vision.config
+    with pytest.raises(EmulusError, match="no decoder"):
+        _ = vision.decoder
+    with pytest.raises(EmulusError, match="no vision tokenizer"):
+        _ = Emulus(Bundle()).vision

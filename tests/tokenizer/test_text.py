@@ -1,0 +1,189 @@
+"""Text and ids: parity with the released tokenizer, round trips, and specials that stay text."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emulus.errors import EmulusError
+from emulus.tokenizer.text import TextTokenizer
+from emulus.tokenizer.vocabulary import Vocabulary
+
+TEXTS = [
+    "a red apple",
+    "a flat drawing of a red apple, 2024",
+    "ein roter Apfel",
+    "un été à la plage",
+    "数字 と 日本語",
+] * 3
+TRAINED = TextTokenizer.train(TEXTS, size=400)
+BYTES_ONLY = [bytes([byte]) for byte in range(256)]
+
+
+def tiktoken_lines(pieces: list[bytes]) -> str:
+    return "".join(f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(pieces))
+
+
+@pytest.fixture(scope="session")
+def released(official: Path) -> TextTokenizer:
+    return TextTokenizer.from_file(official / "emu3.tiktoken")
+
+
+@pytest.fixture(params=["tokenizers", "tiktoken"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> TextTokenizer:
+    if request.param == "tokenizers":
+        return TRAINED
+    (tmp_path / "small.tiktoken").write_text(tiktoken_lines([*BYTES_ONLY, b"re", b"red", b" a", b"<|", "é".encode()]))
+    return TextTokenizer.from_file(tmp_path / "small.tiktoken")
+
+
+def test_the_released_texts_have_the_released_ids(official: Path, released: TextTokenizer) -> None:
+    names = Vocabulary.emu3().special_names
+    entries = json.loads((official / "expected.json").read_text())["text"]
+    assert len(entries) > 5
+    for entry in entries:
+        assert released.encode(entry["text"], allow_special=names) == entry["ids"]
+        plain = released.encode(entry["text"])
+        assert max(plain, default=0) < released.size == 151_643
+        assert released.decode(plain) == unicodedata.normalize("NFC", entry["text"])
+
+
+def test_size_texts_are_one_id_a_character(released: TextTokenizer) -> None:
+    assert [released.id_of_char(c) for c in "0123456789*"] == [*range(15, 25), 9]
+    assert released.encode("90*128") == [released.id_of_char(c) for c in "90*128"]
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+tricky_text = st.lists(
+    st.sampled_from(
+        ["<|image start|>", "<|bos|>", "<|extra_203|>", "<|", "|>", " ", "\n", "e\u0301", "12", "'LL", "é", "한"]
+    )
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(any_text | tricky_text)
+def test_decoding_gives_the_normalised_text_back(text: str) -> None:
+    ids = TRAINED.encode(text)
+    assert TRAINED.decode(ids) == unicodedata.normalize("NFC", text)
+    assert all(0 <= id < TRAINED.size for id in ids)
+
+
+def test_both_backends_give_any_text_back(tokenizer: TextTokenizer) -> None:
+    for text in ["", "a red été", "e\u0301", "\x00\t\r\n", "👩‍👩‍👧", "<|image start|>", "x" * 5000, "\ufffd"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_specials_are_text_unless_they_are_allowed(tokenizer: TextTokenizer) -> None:
+    v = Vocabulary.native(text_size=tokenizer.size, visual_size=10)
+    text = "<|<|bos|>a<|image start|><|nothing|><|visual token 000003|><|visual token 000010|>"
+    assert max(tokenizer.encode(text)) < tokenizer.size
+    plain = tokenizer.encode
+    assert tokenizer.encode(text, allow_special=v.special_names) == [
+        *plain("<|"),
+        v.bos,
+        *plain("a"),
+        v.boi,
+        *plain("<|nothing|>"),
+        v.visual_start + 3,
+        *plain("<|visual token 000010|>"),
+    ]
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(EmulusError, match="surrogate pair at character 2"):
+        tokenizer.encode("ab\ud83d")
+
+
+def test_broken_utf_8_is_shown_not_refused(tokenizer: TextTokenizer) -> None:
+    first_byte = tokenizer.encode("字")[0]
+    if tokenizer is not TRAINED:
+        assert tokenizer.decode([first_byte]) == "\ufffd"
+    assert "\ufffd" in tokenizer.decode([*tokenizer.encode("a"), TRAINED.encode("\U00050000")[0]])
+
+
+@pytest.mark.parametrize("id", [-1, 10**6])
+def test_only_text_ids_decode(tokenizer: TextTokenizer, id: int) -> None:
+    with pytest.raises(EmulusError, match=f"id {id} at position 1"):
+        tokenizer.decode([0, id])
+
+
+def test_save_and_load(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    file = tokenizer.save(tmp_path / "out")
+    for source in (file, tmp_path / "out"):
+        again = TextTokenizer.from_file(source)
+        assert again.size == tokenizer.size
+        assert again.encode("a red apple <|é|> 12") == tokenizer.encode("a red apple <|é|> 12")
+
+
+def test_travels_to_another_process(tokenizer: TextTokenizer) -> None:
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("a red été") == tokenizer.encode("a red été")
+
+
+def test_training_is_deterministic_and_learns() -> None:
+    again = TextTokenizer.train(iter(TEXTS), size=400)
+    assert again.encode(" ".join(TEXTS)) == TRAINED.encode(" ".join(TEXTS))
+    assert 256 < TRAINED.size <= 400
+    assert len(TRAINED.encode("a red apple")) <= 5
+    assert len(TRAINED.encode("2024")) == 4
+
+
+def test_without_texts_the_bytes_remain() -> None:
+    empty = TextTokenizer.train([], size=300)
+    assert empty.size == 256
+    assert empty.decode(empty.encode("ü🙂")) == "ü🙂"
+
+
+def test_too_small_a_size_is_refused() -> None:
+    with pytest.raises(EmulusError, match="no room for all bytes"):
+        TextTokenizer.train(TEXTS, size=255)
+
+
+def test_specials_that_a_file_adds_are_left_out(tmp_path: Path) -> None:
+    file = TRAINED.save(tmp_path)
+    values = json.loads(file.read_text())
+    special = {"id": TRAINED.size, "content": "<|bos|>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    file.write_text(json.dumps(values | {"added_tokens": [special | flags]}))
+    assert TextTokenizer.from_file(file).encode("<|bos|>") == TRAINED.encode("<|bos|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.tiktoken", "", "single bytes"),
+        ("a.tiktoken", tiktoken_lines(BYTES_ONLY[:-1]), "single bytes"),
+        ("a.tiktoken", tiktoken_lines(BYTES_ONLY) + "YWI= 300\n", "once each"),
+        ("a.tiktoken", tiktoken_lines(BYTES_ONLY) + "YWI= 255\n", "once each"),
+        ("a.tiktoken", tiktoken_lines([*BYTES_ONLY, b"a"]), "once each"),
+        ("a.tiktoken", tiktoken_lines(BYTES_ONLY) + "YW", "line 257"),
+        ("a.tiktoken", "not*base64 0\n", "line 1"),
+        ("a.json", "{}", "no file of the tokenizers library"),
+        ("a.json", '{"model": {"type": "BPE"', "not valid JSON"),
+        ("a.json", '{"model": {"type": "Nonsense"}}', "cannot read it"),
+        ("a.json", '{"model": {"type": "BPE", "vocab": {"€": 0}, "merges": []}}', "not byte-level"),
+        ("a.txt", "", r"neither \.json nor \.tiktoken"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(EmulusError, match=rf"{name}.*{says}"):
+        TextTokenizer.from_file(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EmulusError, match="no text vocabulary at"):
+        TextTokenizer.from_file(tmp_path)
+
+
+@pytest.mark.parametrize("character", ["", "ab", "é"])
+def test_only_one_ascii_character_is_sure_to_have_an_id(character: str) -> None:
+    with pytest.raises(EmulusError, match="one ASCII character"):
+        TRAINED.id_of_char(character)
