@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
 from emulus.bundle import Bundle, GenerationDefaults
+from emulus.media import Clip, write_image, write_video
 from emulus.model import Decoder, sized
 from emulus.pipeline import Emulus
 from emulus.tokenizer.text import TextTokenizer
@@ -45,6 +48,25 @@ def tiny() -> Emulus:
     return Emulus(
         Bundle(decoder=Decoder(shape).eval(), vision=vision, text=text, vocabulary=vocabulary, defaults=defaults)
     )
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set in a folder: coloured squares on white, still and moving, in all three splits."""
+    folder = tmp_path_factory.mktemp("shapes")
+    rows = []
+    colours = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 230), "black": (0, 0, 0)}
+    for number, (name, colour) in enumerate([*colours.items()] * 6):
+        split = ("train", "train", "train", "train", "validation", "test")[number // 4]
+        frames = [PIL.Image.new("RGB", (16, 16), "white") for _ in range(8)]
+        for step, frame in enumerate(frames):
+            frame.paste(colour, (number % 5 + step, 4, number % 5 + step + 5, 10))
+        write_image(frames[0], folder / f"{number}.png")
+        write_video(Clip(tuple(frames), 8.0), folder / f"{number}.webp")
+        rows.append({"file": f"{number}.png", "caption": f"a {name} square", "split": split})
+        rows.append({"file": f"{number}.webp", "caption": f"a {name} square moves", "split": split})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.fixture(autouse=True)

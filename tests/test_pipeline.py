@@ -89,7 +89,9 @@ def test_special_strings_in_prompts_are_plain_text(tiny: Emulus) -> None:
     assert tiny.generate_image("<|image end|><|eos|> a cat").size == (16, 16)
 
 
-@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_p": 0.0}, {"seed": -1}, {"guidance_scale": -1.0}, {"tempo": 1}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": -1}, {"top_p": 0.0}, {"seed": -1}, {"guidance_scale": -1.0}, {"tempo": 1}]
+)
 def test_options_out_of_range(tiny: Emulus, options: dict[str, float]) -> None:
     with pytest.raises(EmulusError, match=next(iter(options))):
         tiny.generate_image("a cat", **options)

@@ -179,9 +179,7 @@ def test_clips_are_resampled_and_move(built: Path) -> None:
 
 
 def test_skin_tones_are_built_when_asked_for(packages: Path, tmp_path: Path) -> None:
-    build_emoji(
-        EmojiConfig(packages=packages, out=tmp_path, size=32, skin_tones=True), report=lambda line: None
-    )
+    build_emoji(EmojiConfig(packages=packages, out=tmp_path, size=32, skin_tones=True), report=lambda line: None)
     row = rows(tmp_path, "pictures")["3d/1f44b-1f3ff"]
     assert row["captions"][0] == "a 3D render of a waving hand with dark skin tone"
     assert row["split"] == rows(tmp_path, "clips")["anim/1f44b"]["split"]
@@ -223,9 +221,7 @@ def test_styles_speak_the_same_languages() -> None:
         ({"clip_quality": -1}, "--clip-quality -1 is out of range"),
     ],
 )
-def test_configurations_out_of_range_are_refused(
-    tmp_path: Path, change: dict[str, int], message: str
-) -> None:
+def test_configurations_out_of_range_are_refused(tmp_path: Path, change: dict[str, int], message: str) -> None:
     with pytest.raises(EmulusError, match=message):
         build_emoji(EmojiConfig(packages=tmp_path, out=tmp_path, **change))  # type: ignore[arg-type]
 
@@ -258,9 +254,7 @@ def test_a_fetched_package_lies_where_it_is_looked_for(
 ) -> None:
     # An npm that "fetches" from a folder: its last argument is where it puts the tarball.
     program = tmp_path / "npm"
-    program.write_text(
-        f'#!/bin/sh\nfor last; do :; done\ncp "{packages}"/emojibase-data-17.0.0.tgz "$last"\n'
-    )
+    program.write_text(f'#!/bin/sh\nfor last; do :; done\ncp "{packages}"/emojibase-data-17.0.0.tgz "$last"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     folder = tmp_path / "fetched"

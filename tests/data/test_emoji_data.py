@@ -69,9 +69,7 @@ def test_captions_are_several_and_the_first_tells_items_apart(source: Source) ->
 
 
 def test_columns_say_what_captions_say() -> None:
-    rows = [
-        row for name in ("pictures", "clips") for row in pq.read_table(FOLDER / f"{name}.parquet").to_pylist()
-    ]
+    rows = [row for name in ("pictures", "clips") for row in pq.read_table(FOLDER / f"{name}.parquet").to_pylist()]
     for row in rows:
         assert row["style"] == row["id"].split("/")[0]
         assert row["label"]
@@ -91,6 +89,4 @@ def test_the_notice_names_every_source() -> None:
 def test_the_card_counts_what_is_there() -> None:
     text = (FOLDER / "README.md").read_text()
     for style, count in COUNTS.items():
-        assert any(
-            line.startswith(f"| {style} |") and line.endswith(f"| {count} |") for line in text.splitlines()
-        )
+        assert any(line.startswith(f"| {style} |") and line.endswith(f"| {count} |") for line in text.splitlines())

@@ -27,9 +27,7 @@ def test_normalise_refuses_other_words() -> None:
 
 
 @given(st.lists(parts, min_size=1, max_size=5), st.data())
-def test_skin_tones_and_variation_selectors_never_change_the_split(
-    sequence: list[str], data: st.DataObject
-) -> None:
+def test_skin_tones_and_variation_selectors_never_change_the_split(sequence: list[str], data: st.DataObject) -> None:
     place = data.draw(st.integers(1, len(sequence)))
     for extra in [*TONES, "FE0F"]:
         variant = "-".join([*sequence[:place], extra, *sequence[place:]])

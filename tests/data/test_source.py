@@ -101,9 +101,7 @@ def test_rows_of_one_file_are_one_item(folder: Path) -> None:
 
 
 def test_splits_can_be_chosen(folder: Path) -> None:
-    write_jsonl(
-        folder / "captions.jsonl", [{**row, "split": split} for row, split in zip(ROWS, SPLITS, strict=True)]
-    )
+    write_jsonl(folder / "captions.jsonl", [{**row, "split": split} for row, split in zip(ROWS, SPLITS, strict=True)])
     assert [item.id for item in open_source(folder, splits=["train", "test"])] == ["a.png", "c.webp"]
     assert [item.id for item in open_source(folder).select(split="validation")] == ["more/b.webp"]
     assert [item.id for item in open_source(folder).select(kind="video")] == ["c.webp"]
@@ -271,9 +269,7 @@ def test_truncated_parquet_is_refused_at_any_place(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(place=st.integers(0, 10_000), value=st.integers(0, 255))
-def test_damaged_parquet_raises_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, place: int, value: int
-) -> None:
+def test_damaged_parquet_raises_nothing_else(tmp_path_factory: pytest.TempPathFactory, place: int, value: int) -> None:
     path = tmp_path_factory.mktemp("damaged") / "set.parquet"
     write_parquet(path, [{"image": picture(n), "text": f"number {n}"} for n in range(5)])
     content = bytearray(path.read_bytes())
@@ -286,8 +282,6 @@ def test_damaged_parquet_raises_nothing_else(
 
 
 def test_two_items_of_one_id_are_refused(tmp_path: Path) -> None:
-    write_parquet(
-        tmp_path / "set.parquet", [{"image": picture(n), "text": "dot", "id": "same"} for n in range(2)]
-    )
+    write_parquet(tmp_path / "set.parquet", [{"image": picture(n), "text": "dot", "id": "same"} for n in range(2)])
     with pytest.raises(EmulusError, match="has the id 'same' of an earlier item"):
         open_source(tmp_path)

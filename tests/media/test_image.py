@@ -114,9 +114,7 @@ def test_lossy_formats_come_close(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16"])
 def test_any_mode_becomes_rgb(mode: str) -> None:
-    image = read_image(
-        Image.new("L", (5, 4), 255).convert(mode) if mode != "I;16" else Image.new(mode, (5, 4))
-    )
+    image = read_image(Image.new("L", (5, 4), 255).convert(mode) if mode != "I;16" else Image.new(mode, (5, 4)))
     assert (image.mode, image.size) == ("RGB", (5, 4))
 
 
@@ -129,9 +127,7 @@ def test_sixteen_bits_are_scaled() -> None:
 
 def test_one_bit_and_cmyk_files() -> None:
     assert read_image(encoded(Image.new("1", (3, 3), 1))).getpixel((1, 1)) == (255, 255, 255)
-    red = read_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)).getpixel(
-        (4, 4)
-    )
+    red = read_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)).getpixel((4, 4))
     assert np.abs(np.array(red) - (255, 0, 0)).max() < 6
 
 
@@ -183,9 +179,7 @@ def test_the_camera_orientation_is_applied(kind: str, orientation: int) -> None:
     exif[0x0112] = orientation
     image = read_image(encoded(stored, kind, exif=exif))
     assert image.size == (32, 16)
-    assert [image.getpixel(at)[0] > 128 for at in ((4, 4), (28, 4), (4, 12), (28, 12))] == [True] + [
-        False
-    ] * 3
+    assert [image.getpixel(at)[0] > 128 for at in ((4, 4), (28, 4), (4, 12), (28, 12))] == [True] + [False] * 3
 
 
 def test_broken_exif_does_not_cost_the_picture() -> None:
@@ -261,9 +255,7 @@ def test_damage_gives_a_picture_or_one_line(data: st.DataObject) -> None:
 def test_bombs_are_refused_by_their_header() -> None:
     for size in ((20_000, 5_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)):
         assert "pixels allowed" in message_of(claiming(*size))
-    assert "20×10, more than the 100 pixels" in message_of(
-        encoded(Image.new("L", (20, 10))), Limits(max_pixels=100)
-    )
+    assert "20×10, more than the 100 pixels" in message_of(encoded(Image.new("L", (20, 10))), Limits(max_pixels=100))
     assert read_image(encoded(Image.new("L", (20, 5))), limits=Limits(max_pixels=100)).size == (20, 5)
     with pytest.raises(EmulusError, match="the given picture"):
         read_image(Image.new("L", (20, 10)), limits=Limits(max_pixels=100))

@@ -37,9 +37,7 @@ def clip_of(indices: Sequence[int], fps: float = 8, width: int = 32, height: int
     return Clip(tuple(numbered(index, width, height) for index in indices), fps)
 
 
-def animation(
-    indices: Sequence[int], durations: Sequence[int], kind: str = "WEBP", **options: object
-) -> bytes:
+def animation(indices: Sequence[int], durations: Sequence[int], kind: str = "WEBP", **options: object) -> bytes:
     first, *rest = (numbered(index) for index in indices)
     content = BytesIO()
     options = {"lossless": True, **options} if kind == "WEBP" else options

@@ -90,7 +90,8 @@ def test_killed_and_restarted_equals_uninterrupted(tmp_path: Path) -> None:
     whole = train(CONFIG, Line(), tmp_path / "whole")
     for kill_at in (13, 19):
         code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_loop; from pathlib import Path;"
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r});"
+            "import test_loop; from pathlib import Path;"
             f"test_loop.train(test_loop.CONFIG, test_loop.Line(kill_at={kill_at}), Path({str(tmp_path / 'killed')!r}))"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL

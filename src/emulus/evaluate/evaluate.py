@@ -217,7 +217,10 @@ def _choices(model: Emulus, items: Sequence[TokenizedItem], config: EvaluateConf
 def _about_figures(config: EvaluateConfig, measured: Measurements) -> str:
     """What the figures were measured on, and what to bear in mind."""
     split = {"both": "validation and test splits"}.get(config.split, f"{config.split} split")
-    words = [f"On the {split} of {config.data.name}."]
+    words = [
+        f"On the {split} of {config.data.name}. WebP and JPEG get as many bits as the codes of a picture; data that "
+        "are stored as WebP themselves, as the emoji are, favour WebP."
+    ]
     if (bits := measured.likelihood) is not None:
         words.append(
             f"The unigram and bigram models counted {bits.training_ids:,} training ids and are smoothed as suits "

@@ -47,9 +47,7 @@ _UPRIGHT = {
 }
 
 
-def read_image(
-    source: Source | Image.Image, *, background: Colour = WHITE, limits: Limits = LIMITS
-) -> Image.Image:
+def read_image(source: Source | Image.Image, *, background: Colour = WHITE, limits: Limits = LIMITS) -> Image.Image:
     """Read a picture as plain RGB, the right way up.
 
     Any pixel format becomes 8-bit RGB: palettes, grey, 1-bit, CMYK; 16-bit grey is scaled to 8 bits.

@@ -88,8 +88,7 @@ def generation_size(ratio: str, area: int, *, factor: int = 8) -> tuple[int, int
     rows, columns = round(down * unit / factor), round(across * unit / factor)
     if rows < 1 or columns < 1:
         raise EmulusError(
-            f"a picture of ratio {ratio} and {area} pixels has a side under {factor} pixels; "
-            "ask for a larger area"
+            f"a picture of ratio {ratio} and {area} pixels has a side under {factor} pixels; ask for a larger area"
         )
     return rows, columns
 

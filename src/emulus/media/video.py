@@ -97,9 +97,7 @@ class Clip:
             raise EmulusError("a clip of no frames; give at least one")
         sizes = sorted({frame.size for frame in self.frames})
         if len(sizes) > 1:
-            raise EmulusError(
-                f"the frames of a clip have several sizes ({sizes[0]}, {sizes[1]}); resize them to one"
-            )
+            raise EmulusError(f"the frames of a clip have several sizes ({sizes[0]}, {sizes[1]}); resize them to one")
         _check_fps(self.fps)
 
     @property
@@ -274,9 +272,7 @@ def _at_own_rate(frames: Iterable[_Timed], kept: _Kept) -> float:
 # Decoding: files to timed frames
 
 
-def _timed_frames(
-    file: BinaryIO, name: str, background: Colour, limits: Limits
-) -> Generator[_Timed, None, None]:
+def _timed_frames(file: BinaryIO, name: str, background: Colour, limits: Limits) -> Generator[_Timed, None, None]:
     picture = open_picture(file, name)
     if picture is not None:
         yield from _animation_frames(picture, name, background, limits)
@@ -295,14 +291,10 @@ def _counted(frames: Iterator[_Timed], name: str, limits: Limits) -> Iterator[_T
             yield stop, picture
             end = stop
     if end == 0:
-        raise EmulusError(
-            f"{name} is corrupt or truncated (no frame can be decoded); restore it from its source"
-        )
+        raise EmulusError(f"{name} is corrupt or truncated (no frame can be decoded); restore it from its source")
 
 
-def _animation_frames(
-    image: ImageFile.ImageFile, name: str, background: Colour, limits: Limits
-) -> Iterator[_Timed]:
+def _animation_frames(image: ImageFile.ImageFile, name: str, background: Colour, limits: Limits) -> Iterator[_Timed]:
     if image.format not in ANIMATED or (image.format == "PNG" and not getattr(image, "is_animated", False)):
         raise EmulusError(f"{name} is a still picture, not a clip; read it with read_image")
     # Of a GIF, the number of frames is known only at the end.
@@ -344,9 +336,7 @@ def _picture(image: Image.Image, name: str, background: Colour) -> Image.Image:
 
 def _open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
     try:
-        return av.open(
-            file, "r", options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace"
-        )
+        return av.open(file, "r", options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace")
     except Exception as error:
         raise EmulusError(
             f"{name} is not a clip that can be read: it is corrupt, truncated or of an unknown format; "
@@ -356,9 +346,7 @@ def _open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
     # The cover picture of a song is a video stream as well.
-    films = (
-        stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
-    )
+    films = (stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic)
     return next(films, None)
 
 
@@ -392,15 +380,11 @@ def _container_frames(container: av.container.InputContainer, name: str, limits:
     yield end, held
 
 
-def _check_claims(
-    container: av.container.InputContainer, stream: av.VideoStream, name: str, limits: Limits
-) -> None:
+def _check_claims(container: av.container.InputContainer, stream: av.VideoStream, name: str, limits: Limits) -> None:
     """Check what the file says of itself, before anything is decoded."""
     codec = stream.codec_context
     if codec is None:
-        raise EmulusError(
-            f"{name} is in a coding that cannot be decoded here; convert it to MP4 (H.264) or WebM"
-        )
+        raise EmulusError(f"{name} is in a coding that cannot be decoded here; convert it to MP4 (H.264) or WebM")
     limits.check_size(name, codec.width, codec.height)
     limits.check_frames(name, stream.frames)
     limits.check_decoded_pixels(name, stream.frames * codec.width * codec.height)
@@ -492,18 +476,14 @@ def _encode_animation(clip: Clip, *, kind: str, tick: int, options: dict[str, An
 
 
 WRITERS: dict[str, Callable[[Clip], BytesIO]] = {
-    ".mp4": partial(
-        _encode_film, container="mp4", codec="libx264", options={"crf": "16", "preset": "medium"}
-    ),
+    ".mp4": partial(_encode_film, container="mp4", codec="libx264", options={"crf": "16", "preset": "medium"}),
     ".webm": partial(
         _encode_film,
         container="webm",
         codec="libvpx-vp9",
         options={"crf": "20", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"},
     ),
-    ".webp": partial(
-        _encode_animation, kind="WEBP", tick=1, options={"lossless": False, "quality": 90, "method": 4}
-    ),
+    ".webp": partial(_encode_animation, kind="WEBP", tick=1, options={"lossless": False, "quality": 90, "method": 4}),
     ".gif": partial(_encode_animation, kind="GIF", tick=10, options={"optimize": False}),
 }
 

@@ -27,9 +27,7 @@ def save_decoder(model: Decoder, folder: Path | str, dtype: torch.dtype | None =
     """
     folder = Path(folder)
     tensors = {
-        name: tensor.to(dtype=dtype)
-        for name, tensor in model.state_dict().items()
-        if not _is_tied(name, model.config)
+        name: tensor.to(dtype=dtype) for name, tensor in model.state_dict().items() if not _is_tied(name, model.config)
     }
     save_tensors(tensors, folder / WEIGHTS)
     write_json(folder / CONFIG, {"model_type": "emulus", **model.config.to_dict()})

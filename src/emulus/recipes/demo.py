@@ -34,7 +34,14 @@ def demo_tiny(data: Path = DATA, runs: Path = Path("runs/demo-tiny")) -> Recipe:
     )
     return Recipe(
         tokenizer=TokenizerTrainConfig(
-            data=data, out=runs / "tokenizer", size=32, shift=2, model=vision, train=loop, evaluation_items=64, clip_frames=8
+            data=data,
+            out=runs / "tokenizer",
+            size=32,
+            shift=2,
+            model=vision,
+            train=loop,
+            evaluation_items=64,
+            clip_frames=8,
         ),
         tokens=TokenizeConfig(
             data=data, vision=runs / "tokenizer", out=runs / "tokens", size=32, views=1, text_size=1024, max_frames=8

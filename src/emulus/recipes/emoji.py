@@ -28,7 +28,7 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
     # At 64 pixels a factor of 8 leaves 64 codes to a picture, too few: after 280 equal steps it was 2 dB behind.
     vision = VisionTokenizerConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), codebook_size=1024)
     loop = TrainConfig(
-        steps=4000,
+        steps=3500,
         learning_rate=2e-3,
         warmup_steps=100,
         schedule="wsd",

@@ -27,9 +27,7 @@ Source: baaivision/Emu3, emu3/mllm/tokenization_emu3.py.
 TOKENIZERS_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tokenizer.tiktoken"
 _BYTES = 256
-_BYTES_MISSING = (
-    "some single bytes have no id, so some texts could not be written; give a byte-level vocabulary"
-)
+_BYTES_MISSING = "some single bytes have no id, so some texts could not be written; give a byte-level vocabulary"
 
 
 class TextTokenizer:
@@ -127,9 +125,7 @@ class TextTokenizer:
             EmulusError: The size has no room for all bytes.
         """
         if size < _BYTES:
-            raise EmulusError(
-                f"a text vocabulary of {size} ids has no room for all bytes; ask for {_BYTES} or more"
-            )
+            raise EmulusError(f"a text vocabulary of {size} ids has no room for all bytes; ask for {_BYTES} or more")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -221,9 +217,7 @@ class _TiktokenBackend:
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = pieces
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
-        self._encoding = tiktoken.Encoding(
-            "emulus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
-        )
+        self._encoding = tiktoken.Encoding("emulus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
     def read(cls, path: Path) -> _TiktokenBackend:

@@ -296,9 +296,7 @@ class Vocabulary:
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != known:
-            raise EmulusError(
-                f"a vocabulary needs exactly the keys {', '.join(sorted(known))}; restore its file"
-            )
+            raise EmulusError(f"a vocabulary needs exactly the keys {', '.join(sorted(known))}; restore its file")
         return cls(**values)
 
     def save(self, path: Path) -> None:

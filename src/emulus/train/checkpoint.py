@@ -1,8 +1,8 @@
 """Trainer checkpoints: folders ``step-00000500`` that are whole or not there.
 
 Inside: ``model/`` (what :func:`emulus.load` takes), ``trainer.safetensors`` (raw weights, averages, optimiser state)
-and ``trainer.json``. The folder is filled under another name, flushed, marked ``COMPLETE`` and renamed, so a kill or a full
-disk leaves the checkpoints before it as they were.
+and ``trainer.json``. The folder is filled under another name, flushed, marked ``COMPLETE`` and renamed, so a kill or
+a full disk leaves the checkpoints before it as they were.
 """
 
 from __future__ import annotations

@@ -93,7 +93,9 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
 
         def dataset(split: Split, kind: Kind, max_frames: int | None = None) -> MediaDataset | None:
             items = source.select(split=split, kind=kind)
-            return MediaDataset(items, size=config.size, fps=config.fps or None, max_frames=max_frames) if items else None
+            return (
+                MediaDataset(items, size=config.size, fps=config.fps or None, max_frames=max_frames) if items else None
+            )
 
         self.pictures, self.clips = dataset("train", "image"), dataset("train", "video")
         self.held_out = dataset("validation", "image"), dataset("validation", "video", config.clip_frames)

@@ -45,9 +45,7 @@ def open_art(content: bytes, name: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         raise EmulusError(f"{name} is no picture ({error}); fetch its package again") from error
     if max(image.size) > _MAX_SIDE:
-        raise EmulusError(
-            f"{name} is {image.width}x{image.height}, more than {_MAX_SIDE}; fetch its package again"
-        )
+        raise EmulusError(f"{name} is {image.width}x{image.height}, more than {_MAX_SIDE}; fetch its package again")
     return image
 
 
@@ -69,9 +67,7 @@ def rasterise(icon: dict[str, Any], width: float, height: float, size: int) -> I
     try:
         import resvg_py
     except ImportError:
-        raise EmulusError(
-            "drawing SVG needs resvg_py; install it with: pip install 'emulus[emoji]'"
-        ) from None
+        raise EmulusError("drawing SVG needs resvg_py; install it with: pip install 'emulus[emoji]'") from None
     body = icon["body"]
     if icon.get("hFlip"):
         body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'

@@ -69,9 +69,7 @@ class EmojiConfig:
     """WebP quality of the frames of clips, 0..100."""
 
 
-def build_emoji(
-    config: EmojiConfig, *, report: Callable[[str], object] = print
-) -> dict[tuple[str, Split], int]:
+def build_emoji(config: EmojiConfig, *, report: Callable[[str], object] = print) -> dict[tuple[str, Split], int]:
     """Build the emoji data set; the same configuration gives the same bytes.
 
     Args:
@@ -101,9 +99,7 @@ def build_emoji(
 
 def _check(config: EmojiConfig) -> None:
     if not 16 <= config.size <= 256:
-        raise EmulusError(
-            f"--size {config.size} is out of range; choose 16 to 256 (the artwork has 256 pixels)"
-        )
+        raise EmulusError(f"--size {config.size} is out of range; choose 16 to 256 (the artwork has 256 pixels)")
     for flag, quality in (("--quality", config.quality), ("--clip-quality", config.clip_quality)):
         if not 0 <= quality <= 100:
             raise EmulusError(f"{flag} {quality} is out of range; choose 0 to 100")
@@ -153,9 +149,7 @@ def _pictures(config: EmojiConfig, emoji: dict[str, Emoji]) -> Iterator[dict[str
         for codepoint, drawing in drawings:
             background = art.choose_background(drawing, _number("background", codepoint, style))
             picture = art.composite(drawing, background, config.size)
-            yield _row(
-                emoji[codepoint], style, "image", background, art.encode_picture(picture, config.quality)
-            )
+            yield _row(emoji[codepoint], style, "image", background, art.encode_picture(picture, config.quality))
 
 
 def _clips(config: EmojiConfig, emoji: dict[str, Emoji]) -> Iterator[dict[str, Any]]:
@@ -165,13 +159,9 @@ def _clips(config: EmojiConfig, emoji: dict[str, Emoji]) -> Iterator[dict[str, A
                 continue
             with decoding(f"{package.tarball}: {codepoint}"):
                 frames = art.read_frames(animation)
-            background = art.choose_background(
-                frames[len(frames) // 2], _number("background", codepoint, "anim")
-            )
+            background = art.choose_background(frames[len(frames) // 2], _number("background", codepoint, "anim"))
             pictures = [art.composite(frame, background, config.size) for frame in frames]
-            yield _row(
-                emoji[codepoint], "anim", "video", background, art.encode_clip(pictures, config.clip_quality)
-            )
+            yield _row(emoji[codepoint], "anim", "video", background, art.encode_clip(pictures, config.clip_quality))
 
 
 def _webp(tarball: Path, emoji: dict[str, Emoji]) -> Iterator[tuple[str, Image.Image]]:
@@ -203,9 +193,7 @@ def _icons(tarball: Path, emoji: dict[str, Emoji], size: int) -> Iterator[tuple[
             width, height = (float(icon.get(side, icons.get(side, 16))) for side in ("width", "height"))
             yield codepoint, art.rasterise(icon, width, height, size)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EmulusError(
-            f"{tarball} is not an Iconify set as expected ({error!r}); fetch it again"
-        ) from error
+        raise EmulusError(f"{tarball} is not an Iconify set as expected ({error!r}); fetch it again") from error
 
 
 def _icon(icons: dict[str, Any], name: str) -> dict[str, Any]:

@@ -101,9 +101,7 @@ def read_emoji(packages: Path) -> dict[str, Emoji]:
     try:
         return _join({name: json.loads(text) for name, text in read_members(tarball, wanted.__contains__)})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise EmulusError(
-            f"{tarball} is not {WORDS.name} {WORDS.version} ({error!r}); fetch it again"
-        ) from error
+        raise EmulusError(f"{tarball} is not {WORDS.name} {WORDS.version} ({error!r}); fetch it again") from error
 
 
 def _join(tables: Mapping[str, Any]) -> dict[str, Emoji]:

@@ -155,9 +155,7 @@ def read_members(tarball: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
             for member in archive:
                 total += member.size
                 if member.size > MAX_MEMBER_BYTES or total > MAX_TARBALL_BYTES:
-                    raise EmulusError(
-                        f"{tarball} holds more than expected (at {member.name}); fetch it again"
-                    )
+                    raise EmulusError(f"{tarball} holds more than expected (at {member.name}); fetch it again")
                 if member.isfile() and wanted(member.name):
                     file = archive.extractfile(member)
                     assert file is not None, "a regular file can be read"
@@ -165,9 +163,7 @@ def read_members(tarball: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
     except FileNotFoundError:
         raise EmulusError(f"{tarball} is missing; fetch it with 'npm pack'") from None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise EmulusError(
-            f"{tarball} is cut or no tarball ({error}); delete it so that it is fetched again"
-        ) from error
+        raise EmulusError(f"{tarball} is cut or no tarball ({error}); delete it so that it is fetched again") from error
 
 
 def read_member(tarball: Path, name: str) -> bytes:

@@ -1,0 +1,24 @@
+"""Measuring a model from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from emulus.commands.generate import MODEL
+from emulus.config import from_flags
+from emulus.evaluate.evaluate import REPORT_FILE, EvaluateConfig
+from emulus.evaluate.evaluate import evaluate as run_evaluate
+from emulus.recipes.emoji import DATA
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """``emulus evaluate [MODEL] [--config FILE] [flags] [--json]``: prints the report's path, or the figures."""
+    as_json = "--json" in arguments
+    words = [word for word in arguments if word != "--json"]
+    model = Path(words.pop(0)) if words and not words[0].startswith("-") else MODEL
+    default = EvaluateConfig(model=model, data=DATA, out=Path("runs/evaluation"))
+    config = from_flags(default, words, program="emulus evaluate [MODEL] [--json]")
+    figures = run_evaluate(config)
+    print(json.dumps(figures, indent=1) if as_json else config.out / REPORT_FILE)

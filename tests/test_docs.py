@@ -1,0 +1,95 @@
+"""Every command and every line of Python in the README and the docs, run as written.
+
+They run in a folder where ``checkpoints/emoji`` is a tiny model and ``data/emoji`` a few squares; training and
+evaluation get flags that make them short.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from emulus.cli import VERBS, main
+from emulus.pipeline import Emulus
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+SHORT = {
+    "tokenizer-train": ["--train.steps", "1", "--pictures-per-batch", "2", "--evaluation-items", "1"],
+    "tokenize": ["--views", "1", "--text-size", "300"],
+    "pretrain": ["--train.steps", "1", "--documents-per-step", "2", "--evaluation-documents", "2", "--size", "tiny"],
+    "evaluate": shlex.split(
+        "--pictures 2 --clips 1 --training-items 2 --choice-groups 0 --show.reconstructions 1"
+        " --show.reconstructed-clips 1 --show.pictures 1 --show.clips 1 --show.continuations 1 --show.captions 1"
+    ),
+    "demo": ["--steps-share", "0"],
+}
+NEEDS_A_NETWORK = {"data"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = "".join(blocks(page, "bash")).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("emulus ")]
+
+
+@pytest.fixture
+def workplace(tiny: Emulus, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny.save(tmp_path / "checkpoints/emoji")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/emoji").symlink_to(shapes)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands(workplace: Path) -> None:
+    """In reading order, README first: a page may use what an earlier one made."""
+    for page in PAGES:
+        for words in commands(page):
+            assert words[0] in VERBS, page.name
+            if words[0] in NEEDS_A_NETWORK:
+                with pytest.raises(SystemExit) as end:
+                    main([*words, "--help"])
+                assert end.value.code == 0
+            else:
+                assert main([*words, *SHORT.get(words[0], [])]) == 0, (page.name, words)
+
+
+def test_python(workplace: Path) -> None:
+    found = [block for page in PAGES for block in blocks(page, "python")]
+    assert found
+    for block in found:
+        exec(compile(block, "docs", "exec"), {})
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_two_commands() -> None:
+    """The README's two commands are the Makefile's, and CI runs the second."""
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for command in ("demo", "test"):
+        assert f"make {command} " in (REPOSITORY / "README.md").read_text()
+        assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE)
+    assert "make test" in (REPOSITORY / ".ci/run").read_text()
+
+
+def test_demo(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The main job from end to end, on few items: trains, measures, shows, and ends with the page's path."""
+    short = "--pictures 2 --clips 1 --training-items 2 --choice-groups 0 --steps-share 0.01"
+    assert main(["demo", *shlex.split(short)]) == 0
+    page = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("the report: "))
+    text = page.read_text(encoding="utf-8")
+    assert "Trained from nothing just now" in text
+    assert text.count("<img") > 10

@@ -1,0 +1,172 @@
+"""The two objectives on a handful of pictures and clips."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import emulus
+from emulus.data.tokens import TokenizeConfig, tokenize
+from emulus.errors import EmulusError
+from emulus.pipeline import Emulus
+from emulus.recipes import recipe
+from emulus.tokenizer.vision import VisionTokenizerConfig
+from emulus.train.config import TrainConfig
+from emulus.train.metrics import read_metrics
+from emulus.train.pretrain import PretrainConfig, PretrainObjective, pretrain, token_losses
+from emulus.train.tokenizer import TokenizerObjective, TokenizerTrainConfig, train_tokenizer
+
+QUICK = TrainConfig(
+    steps=6, learning_rate=3e-3, warmup_steps=2, save_every=3, evaluate_every=3, precision="fp32", device="cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def vision_config(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenizerTrainConfig:
+    return TokenizerTrainConfig(
+        data=shapes,
+        out=tmp_path_factory.mktemp("vision") / "run",
+        size=16,
+        model=VisionTokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(), codebook_size=32),
+        train=QUICK,
+        pictures_per_batch=4,
+        clip_frames=8,
+        shift=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def decoder_config(tiny: Emulus, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    folder = tmp_path_factory.mktemp("decoder")
+    tiny.save(folder / "model")
+    tokens = TokenizeConfig(
+        data=shapes, vision=folder / "model", out=folder / "tokens", size=16, views=1, text_size=300
+    )
+    tokenize(tokens)
+    return PretrainConfig(
+        tokens=tokens.out,
+        out=folder / "run",
+        context=128,
+        row_tokens=256,
+        documents_per_step=8,
+        train=QUICK,
+        defaults=tiny.defaults,
+    )
+
+
+def figures(run: Path, kind: str, name: str) -> list[float]:
+    return [line[name] for line in read_metrics(run) if line["kind"] == kind]
+
+
+def test_a_vision_tokenizer_learns(vision_config: TokenizerTrainConfig) -> None:
+    model = emulus.load(train_tokenizer(vision_config), device="cpu")
+    assert model.vision.config == vision_config.model
+    assert figures(vision_config.out, "train", "loss")[-1] < figures(vision_config.out, "train", "loss")[0]
+    evaluated = read_metrics(vision_config.out)[-1]
+    assert {"picture_psnr", "picture_ssim", "clip_psnr", "usage", "perplexity", "dead_codes"} <= evaluated.keys()
+    assert (vision_config.out / "evaluations/pictures-00000006.png").exists()
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "decoder"])
+def test_resumed_equals_uninterrupted(
+    stage: str, vision_config: TokenizerTrainConfig, decoder_config: PretrainConfig, tmp_path: Path
+) -> None:
+    """Stop after three of six steps by asking for three, then ask for six: the same losses to the bit."""
+
+    def run(steps: int, out: Path) -> None:
+        # The schedule is flat, so that asking for fewer steps first changes nothing but where the run stops.
+        loop = dataclasses.replace(QUICK, steps=steps, schedule="wsd", decay_share=0.0)
+        if stage == "tokenizer":
+            shares = {"batch_norm_share": 0.0, "revive_share": 1.0}
+            train_tokenizer(dataclasses.replace(vision_config, out=out, train=loop, **shares))
+        else:
+            pretrain(dataclasses.replace(decoder_config, out=out, train=loop))
+
+    run(6, tmp_path / "whole")
+    run(3, tmp_path / "parts")
+    run(6, tmp_path / "parts")
+    whole, parts = (figures(tmp_path / name, "train", "loss") for name in ("whole", "parts"))
+    assert len(whole) == 6
+    # The last step of a flat schedule's shorter run is the only one whose rate could differ; it does not.
+    assert whole == parts
+
+
+def test_a_decoder_learns(decoder_config: PretrainConfig) -> None:
+    model = emulus.load(pretrain(decoder_config), device="cpu")
+    losses = figures(decoder_config.out, "train", "loss")
+    assert losses[-1] < losses[0]
+    assert (
+        figures(decoder_config.out, "evaluation", "visual_bits")[-1]
+        < figures(decoder_config.out, "evaluation", "visual_bits")[0]
+    )
+    assert model.generate_image("a red square").size == (16, 16)
+
+
+def test_every_item_once_an_epoch_in_both_orders(decoder_config: PretrainConfig) -> None:
+    objective = PretrainObjective(dataclasses.replace(decoder_config, caption_first=0.5, null_caption=0.0))
+    grammar = objective.grammar
+    documents = []
+    for step in range(len(objective.items) // 8):
+        for row in objective.batches(step):
+            for ids in torch.split(row.documents.input_ids, row.documents.document_lengths):
+                documents.append(grammar.parse(ids).document)
+    kinds = [type(document.segments[0]).__name__ == "Text" for document in documents]
+    assert 0.2 < sum(kinds) / len(kinds) < 0.8
+    media = sorted(
+        segment.codes.numpy().tobytes() for d in documents for segment in d.segments if hasattr(segment, "codes")
+    )
+    assert media == sorted(item.media.codes.numpy().tobytes() for item in objective.items)
+    assert [r.documents.input_ids.tolist() for r in objective.batches(3)] == [
+        r.documents.input_ids.tolist() for r in objective.batches(3)
+    ]
+
+
+def test_a_steps_rows_add_up(decoder_config: PretrainConfig) -> None:
+    """The loss of a step does not depend on how its documents were packed."""
+    totals = []
+    for row_tokens in (128, 2048):
+        objective = PretrainObjective(dataclasses.replace(decoder_config, row_tokens=row_tokens))
+        objective.model.eval()
+        rows = objective.batches(0)
+        totals.append((len(rows), sum(float(objective.loss(row).total) for row in rows)))
+    assert totals[0][0] > totals[1][0] == 1
+    assert totals[0][1] == pytest.approx(totals[1][1], rel=1e-5)
+
+
+def test_losses_are_those_of_the_whole_table(decoder_config: PretrainConfig) -> None:
+    objective = PretrainObjective(decoder_config)
+    objective.model.eval()
+    batch = objective.batches(0)[0].documents
+    logits = objective.model(batch.input_ids[None], document_lengths=batch.document_lengths)[0]
+    whole = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none") * (batch.loss_weights > 0)
+    torch.testing.assert_close(token_losses(objective.model, batch), whole)
+
+
+def test_documents_longer_than_the_context(decoder_config: PretrainConfig) -> None:
+    with pytest.raises(EmulusError, match="the context is 32"):
+        PretrainObjective(dataclasses.replace(decoder_config, context=32))
+
+
+def test_settings_that_cannot_be(vision_config: TokenizerTrainConfig, decoder_config: PretrainConfig) -> None:
+    with pytest.raises(EmulusError, match="multiple of 4"):
+        dataclasses.replace(vision_config, size=18)
+    with pytest.raises(EmulusError, match="multiple of 4"):
+        dataclasses.replace(vision_config, clip_frames=6)
+    with pytest.raises(EmulusError, match="row_tokens"):
+        dataclasses.replace(decoder_config, row_tokens=16)
+    with pytest.raises(EmulusError, match="null_caption"):
+        dataclasses.replace(decoder_config, null_caption=2.0)
+    with pytest.raises(EmulusError, match="no training pictures"):
+        TokenizerObjective(dataclasses.replace(vision_config, pictures_per_batch=0, clips_per_batch=0))
+
+
+def test_recipes_fit_together() -> None:
+    for name in ("demo-tiny", "emoji-64"):
+        chosen = recipe(name)
+        assert chosen.tokens.vision == chosen.tokenizer.out
+        assert chosen.decoder.tokens == chosen.tokens.out
+        assert chosen.decoder.defaults.height == chosen.tokens.size == chosen.tokenizer.size
+        assert chosen.decoder.defaults.num_frames == chosen.tokens.max_frames == chosen.tokenizer.clip_frames
