@@ -210,7 +210,10 @@ class Emulus:
     def continue_video(
         self, clip: MediaSource, *, prompt: str = "", num_frames: int | None = None, seed: int = 0, **sampling: Any
     ) -> Clip:
-        """Go on with a clip.
+        """Go on with a clip, for as long as wanted.
+
+        A pass sees at most as many frames as the model's clips have (``defaults.num_frames``). A longer result is made
+        in several: each starts from the last half of such a window.
 
         Args:
             clip: A clip (a file, its bytes, or a :class:`Clip`), brought to the model's size and frame rate; what is
@@ -221,25 +224,32 @@ class Emulus:
             sampling: As for pictures; guidance leads away from "no prompt", so it has no effect without one.
 
         Returns:
-            The given frames, as the vision tokenizer renders them, and the new ones.
+            The given frames and the new ones.
 
         Raises:
             EmulusError: The clip cannot be read or leaves nothing to add.
         """
-        start = self.encode(clip)
-        if not isinstance(start, Video):
+        start = self._fitted(clip)
+        if start is None:
             raise EmulusError("a picture cannot be continued: give a clip")
+        frames = list(start.frames)
         factor = self.vision.config.temporal_factor
-        total = self._code_frames(num_frames) if num_frames else 2 * len(start.codes)
-        if total <= len(start.codes):
-            raise EmulusError(
-                f"the clip has {len(start.codes) * factor} frames; num_frames must be more, got {total * factor}"
-            )
-        template = templates.continue_video(self.grammar, prompt, start, total)
+        total = factor * self._code_frames(num_frames or 2 * len(frames))
+        if total <= len(frames):
+            raise EmulusError(f"the clip has {len(frames)} frames; num_frames must be more, got {total}")
         if not prompt:
             sampling["guidance_scale"] = 1.0
-        (ids,) = self._finish([self._request(template, seed, **sampling)])
-        return self._clip(self._medium(ids))
+        window = max(self._code_frames(self.defaults.num_frames), 2)
+        while len(frames) < total:
+            seen = frames if len(frames) < window * factor else frames[-(window // 2) * factor :]
+            video = self._encode_clip(Clip(tuple(seen), start.fps))
+            end = min(window, len(video.codes) + (total - len(frames)) // factor)
+            asked = templates.continue_video(self.grammar, prompt, video, end)
+            (ids,) = self._finish([self._request(asked, seed, **sampling)])
+            frames += self._clip(self._medium(ids)).frames[len(seen) :]
+            # The next window's positions are the same again; the same noise would repeat what they drew.
+            seed += 1
+        return Clip(tuple(frames), start.fps)
 
     # Describing and answering.
 
@@ -283,28 +293,32 @@ class Emulus:
     def encode(self, media: MediaSource) -> Image | Video:
         """A picture or clip as codes, after bringing it to the model's own size and frame rate.
 
+        Of a clip, at most as many frames as the model's own clips have are taken, from the start.
+
         Raises:
             EmulusError: It cannot be read, or the clip is shorter than one code in time.
         """
-        height, width = self.defaults.height, self.defaults.width
-        clip = self._as_clip(media)
-        if clip is None:
-            assert not isinstance(media, Clip)
-            pixels = image_to_pixels(fit(read_image(media), height, width))
-            return Image(self.vision.encode(pixels[None].to(self.vision.device))[0].cpu())
-        factor = self.vision.config.temporal_factor
-        frames = tuple(fit(frame, height, width) for frame in clip.frames[: len(clip.frames) // factor * factor])
-        if not frames:
-            raise EmulusError(f"the clip has {len(clip.frames)} frames at {clip.fps:g} fps, but {factor} make one code")
-        pixels = clip_to_pixels(Clip(frames, clip.fps))
-        return Video(self.vision.encode(pixels[None].to(self.vision.device))[0].cpu(), fps=clip.fps)
+        clip = self._fitted(media)
+        if clip is not None:
+            return self._encode_clip(Clip(clip.frames[: self.defaults.num_frames], clip.fps))
+        assert not isinstance(media, Clip)
+        pixels = image_to_pixels(fit(read_image(media), self.defaults.height, self.defaults.width))
+        return Image(self.vision.encode(pixels[None].to(self.vision.device))[0].cpu())
 
-    def _as_clip(self, media: MediaSource) -> Clip | None:
-        if isinstance(media, Clip):
-            return media
-        if isinstance(media, PILImage.Image) or not is_video(media):
+    def _fitted(self, media: MediaSource) -> Clip | None:
+        """A clip at the model's size and frame rate, cut to whole codes in time; ``None`` if it is a picture."""
+        if isinstance(media, PILImage.Image) or (not isinstance(media, Clip) and not is_video(media)):
             return None
-        return read_video(media, fps=self.defaults.fps)
+        clip = media if isinstance(media, Clip) else read_video(media, fps=self.defaults.fps)
+        factor = self.vision.config.temporal_factor
+        whole = clip.frames[: len(clip.frames) // factor * factor]
+        if not whole:
+            raise EmulusError(f"the clip has {len(clip.frames)} frames at {clip.fps:g} fps, but {factor} make one code")
+        return Clip(tuple(fit(frame, self.defaults.height, self.defaults.width) for frame in whole), clip.fps)
+
+    def _encode_clip(self, clip: Clip) -> Video:
+        pixels = clip_to_pixels(clip)[None].to(self.vision.device)
+        return Video(self.vision.encode(pixels)[0].cpu(), fps=clip.fps)
 
     def decode(self, media: Image | Video) -> PILImage.Image | Clip:
         """The picture or clip of codes."""

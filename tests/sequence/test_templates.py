@@ -20,7 +20,6 @@ from emulus.sequence import (
     caption,
     caption_first,
     caption_last,
-    check_fits,
     continue_video,
     draw,
     question_answer,
@@ -83,15 +82,3 @@ def test_captions_and_answers_begin_their_document(grammar: Grammar, media: Imag
     assert taught == [*asked.ids, *grammar.text.encode(" 2"), grammar.vocabulary.eos]
     assert grammar.parse(asked.null_ids).document == Document((Text("Question: how many?\nAnswer:"),))
     assert described.may == asked.may == TEXT_ONLY
-
-
-def test_what_fits_is_counted(grammar: Grammar) -> None:
-    prompt = draw(grammar, "a cat", 2, 3)
-    whole = len(grammar.build(caption_first("a cat", PICTURE)))
-    assert check_fits(prompt, grammar, whole) == whole
-    with pytest.raises(EmulusError, match=rf"{len(prompt.ids)} ids and at least 11 .* context of {whole - 1}; shorten"):
-        check_fits(prompt, grammar, whole - 1)
-    described = caption(grammar, PICTURE)
-    assert check_fits(described, grammar, 1000) == len(described.ids) + 1
-    with pytest.raises(EmulusError, match="at least 1 to generate"):
-        check_fits(described, grammar, len(described.ids))

@@ -5,7 +5,7 @@ from emulus.evaluate.curves import curves_of
 from emulus.evaluate.evaluate import EvaluateConfig, evaluate, held_out_examples, measure, training_items
 from emulus.evaluate.galleries import GalleryCounts, galleries
 from emulus.evaluate.held_out import Example, encode_examples
-from emulus.evaluate.likelihood import BitsPerId, Likelihood, likelihood
+from emulus.evaluate.likelihood import BitsPerId, Likelihood, Part, likelihood
 from emulus.evaluate.reconstruction import CodecQuality, Quality, Reconstruction, reconstruct
 from emulus.evaluate.report import Curves, Figure, Figures, Gallery, Report, Section, Shot, Text, Tile, write_report
 from emulus.evaluate.summary import Measurements, figures_section
@@ -24,6 +24,7 @@ __all__ = [
     "GalleryCounts",
     "Likelihood",
     "Measurements",
+    "Part",
     "Quality",
     "Reconstruction",
     "Report",

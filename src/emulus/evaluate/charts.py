@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 520, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 38
-_MOST_POINTS = 240
+_MOST_POINTS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def draw_chart(chart: Chart) -> str:
     points = [point for _, kept in lines for point in kept]
     if not points:
         return f"<p>{html.escape(chart.title)}: no figures yet.</p>"
-    xs, ys = _span([x for x, _ in points]), _span([y for _, y in points])
+    xs, ys = _span([0.0, *(x for x, _ in points)]), _span([y for _, y in points])
     marks_x, marks_y = ticks(*xs), ticks(*ys)
     low, high = min(ys[0], marks_y[0]), max(ys[1], marks_y[-1])
 
@@ -79,7 +79,7 @@ def draw_chart(chart: Chart) -> str:
     for line, kept in lines:
         places = [at(x, y) for x, y in kept]
         if line.dots:
-            parts += [f'<circle class="dot c{line.colour}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in places]
+            parts += [f'<circle class="dot c{line.colour}" cx="{x}" cy="{y}" r="4.5"/>' for x, y in places]
         elif places:
             path = " ".join(f"{x},{y}" for x, y in places)
             parts.append(f'<polyline class="line c{line.colour}" points="{path}"/>')

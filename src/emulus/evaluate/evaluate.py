@@ -40,6 +40,7 @@ class EvaluateConfig:
         model: A whole model's folder, or a run's.
         data: A data set (see docs/data.md).
         out: Where ``figures.json`` and ``report.html`` go.
+        title: Heading of the report; names the model by default.
         tokens: The tokens folder that the model was trained on, for the counting models that its likelihood is compared
             with; without one the training split is encoded first, to ``out/tokens``.
         split: What to measure on: ``validation``, ``test`` or ``both``.
@@ -59,6 +60,7 @@ class EvaluateConfig:
     model: Path
     data: Path
     out: Path
+    title: str = ""
     tokens: Path | None = None
     split: Literal["validation", "test", "both"] = "validation"
     pictures: int = 0
@@ -112,11 +114,10 @@ def evaluate(config: EvaluateConfig, *, more: Sequence[Section] = ()) -> dict[st
         *_curve_sections(config),
         *more,
     ]
-    minutes = (time.monotonic() - started) / 60
     report = Report(
-        title=f"What {config.model.resolve().name} has learned",
-        text=f"Measured on items that the model was not trained on, and made in {minutes:.1f} minutes. Everything "
-        "shown is the first and only try; nothing was picked by hand.",
+        title=config.title or f"Emulus: {config.model.resolve().name}",
+        text="Everything here is from items that the model was not trained on. What is shown is the first and only "
+        f"try; nothing was picked by hand. Made in {time.monotonic() - started:,.0f} seconds.",
         sections=tuple(sections),
     )
     write_report(report, config.out / REPORT_FILE)
@@ -245,8 +246,7 @@ def _curve_sections(config: EvaluateConfig) -> list[Section]:
             sections.append(
                 Section(
                     title=f"Training of {run.resolve().name}",
-                    text="Lines are training batches, averaged over neighbouring steps; points are held-out data. "
-                    "While training, the size text of pictures counts as text.",
+                    text="Lines are training batches, averaged over neighbouring steps; points are held-out data.",
                     blocks=(curves,),
                 )
             )

@@ -112,7 +112,8 @@ def drawn_clips(model: Emulus, examples: Sequence[Example], *, seed: int = 0) ->
     drawn = model.generate_videos([example.caption for example in examples], seed=seed)
     return _section(
         "Clips drawn from names",
-        f"As above, for clips. One try each, seed {seed}.",
+        "The words under a clip are all that the model was given. The true clip, which it never saw, stands beside it. "
+        f"One try each, seed {seed}.",
         [_beside_truth(media, example) for media, example in zip(drawn, examples, strict=True)],
     )
 

@@ -34,6 +34,23 @@ class BitsPerId:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some of the ids.
+
+    Attributes:
+        modality: ``visual`` or ``text``.
+        kind: Of the documents, ``picture`` or ``clip``.
+        order: Of the documents, ``caption first`` or ``caption last``.
+        bits: Of these ids.
+    """
+
+    modality: str
+    kind: str
+    order: str
+    bits: BitsPerId
+
+
+@dataclass(frozen=True, kw_only=True)
 class Likelihood:
     """How well held-out documents are foretold.
 
@@ -41,13 +58,13 @@ class Likelihood:
         documents: How many documents were scored.
         training_ids: From how many training ids the counting models know what they know.
         all: By modality, ``visual`` and ``text``.
-        parts: By modality, kind and order, such as ``visual, picture, caption first``.
+        parts: By modality, kind and order.
     """
 
     documents: int
     training_ids: int
     all: dict[str, BitsPerId]
-    parts: dict[str, BitsPerId]
+    parts: tuple[Part, ...]
 
 
 def likelihood(
@@ -72,16 +89,16 @@ def likelihood(
     if not documents or not len(known):
         raise EmulusError("bits per id need held-out and training items with captions: there are none")
     flat = np.concatenate(documents)
-    label_of = np.repeat(labels, [len(ids) for ids in documents])
+    lengths = [len(ids) for ids in documents]
+    document_of = np.repeat(np.arange(len(documents)), lengths)
     known_masks, masks = (modalities(ids, grammar.vocabulary) for ids in (known, flat))
     model_bits = np.zeros(len(flat))
     asked = np.logical_or(*masks.values())
-    ends = np.cumsum([len(ids) for ids in documents])[:-1]
-    scores = score(decoder, documents, np.split(asked, ends), what="held-out documents")
+    scores = score(decoder, documents, np.split(asked, np.cumsum(lengths)[:-1]), what="held-out documents")
     model_bits[asked] = -np.concatenate(scores) / np.log(2)
 
     everything: dict[str, BitsPerId] = {}
-    parts: dict[str, BitsPerId] = {}
+    parts: list[Part] = []
     ranges = {"visual": grammar.vocabulary.visual_range, "text": grammar.vocabulary.text_range}
     for modality, id_range in ranges.items():
         # Documents begin with BOS, which is of no modality, so no pair reaches over two documents.
@@ -91,16 +108,17 @@ def likelihood(
         counts = NGrams.fit(known[known_places - 1], known[known_places], id_range)
         bits = np.stack([model_bits[places], *tuned_bits(counts, flat[places - 1], flat[places])])
         everything[modality] = _means(bits)
-        for label in dict.fromkeys(labels):
-            if (chosen := label_of[places] == label).any():
-                parts[f"{modality}, {label}"] = _means(bits[:, chosen])
-    return Likelihood(documents=len(documents), training_ids=len(known), all=everything, parts=parts)
+        for kind, order in dict.fromkeys(labels):
+            chosen = np.array([label == (kind, order) for label in labels])[document_of[places]]
+            if chosen.any():
+                parts.append(Part(modality=modality, kind=kind, order=order, bits=_means(bits[:, chosen])))
+    return Likelihood(documents=len(documents), training_ids=len(known), all=everything, parts=tuple(parts))
 
 
-def _both_orders(grammar: Grammar, items: Sequence[TokenizedItem]) -> tuple[list[Ids], list[str]]:
+def _both_orders(grammar: Grammar, items: Sequence[TokenizedItem]) -> tuple[list[Ids], list[tuple[str, str]]]:
     """Ids of each item's two documents, and the kind and order of each."""
     documents: list[Ids] = []
-    labels: list[str] = []
+    labels: list[tuple[str, str]] = []
     for number, item in enumerate(item for item in items if item.captions):
         caption = item.captions[number % len(item.captions)]
         kind = "picture" if isinstance(item.media, Image) else "clip"
@@ -109,7 +127,7 @@ def _both_orders(grammar: Grammar, items: Sequence[TokenizedItem]) -> tuple[list
             "caption last": caption_last(item.media, caption),
         }.items():
             documents.append(np.array(grammar.build(document)))
-            labels.append(f"{kind}, {order}")
+            labels.append((kind, order))
     return documents, labels
 
 

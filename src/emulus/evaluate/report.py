@@ -157,7 +157,7 @@ def _block(block: Block) -> str:
         case Figures():
             return _table(block.rows)
         case Gallery():
-            return f'<div class="gallery">{"".join(_tile(tile) for tile in block.tiles)}</div>'
+            return _gallery(block.tiles)
         case Curves():
             return f'<div class="curves">{"".join(_chart(chart) for chart in block.charts)}</div>'
         case Text():
@@ -181,6 +181,12 @@ def _table(rows: Sequence[Figure]) -> str:
         )
     head = "<tr><th>Figure</th><th>Emulus</th><th>Beside it</th></tr>"
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _gallery(tiles: Sequence[Tile]) -> str:
+    # Two large pictures side by side need wider tiles.
+    pairs = any(sum(not shot.small for shot in tile.shots) > 1 for tile in tiles)
+    return f'<div class="gallery{" pairs" if pairs else ""}">{"".join(map(_tile, tiles))}</div>'
 
 
 def _tile(tile: Tile) -> str:
@@ -270,12 +276,13 @@ thead th { font-size: .82rem; color: var(--faint); }
 th[scope=row] { width: 52%; }
 td.value { font-weight: 640; white-space: nowrap; }
 tr.group th { padding-top: 1.1rem; font-weight: 620; border-top: 1px solid var(--edge); }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14.5rem, 100%), 1fr)); gap: 1rem; }
+.pairs { grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--edge); border-radius: 6px; }
 .shots { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .5rem; }
 .shots div { font-size: .72rem; color: var(--faint); line-height: 1.3; }
-.shots img { display: block; max-width: 100%; border-radius: 3px; image-rendering: pixelated; }
+.shots img { display: block; max-width: 100%; height: auto; border-radius: 3px; image-rendering: pixelated; }
 figcaption { margin-top: .5rem; font-size: .9rem; line-height: 1.4; overflow-wrap: anywhere; }
 .curves figcaption { margin: 0 0 .4rem; }
 .curves figcaption small { display: inline; }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from emulus.evaluate.choice import Accuracy, Choice
-from emulus.evaluate.likelihood import Likelihood
+from emulus.evaluate.likelihood import BitsPerId, Likelihood
 from emulus.evaluate.reconstruction import CodecQuality, Reconstruction
 from emulus.evaluate.report import Figure, Figures, Section
 
@@ -107,32 +107,37 @@ def _likelihood(measured: Likelihood | None) -> list[Figure]:
     if measured is None:
         return []
     group = "Bits per held-out id (lower is better)"
-    meanings = {
-        "visual": "codes of pictures and clips, given everything before them",
-        "text": "words of captions, given everything before them",
-    }
-    bits = [(modality, meanings[modality], found) for modality, found in measured.all.items()]
-    bits += [(name, "", found) for name, found in measured.parts.items()]
-    rows = []
-    for name, meaning, found in bits:
-        counted = f"{found.ids:,} ids"
-        rows.append(
-            Figure(
-                group=group,
-                name=f"{name[0].upper()}{name[1:]}",
-                value=f"{found.model:.2f} bits",
-                beside=f"bigram {found.bigram:.2f}; unigram {found.unigram:.2f}",
-                meaning=f"{meaning}; {counted}" if meaning else counted,
-            )
-        )
+    whole = [(f"{modality.capitalize()} ids", modality, bits) for modality, bits in measured.all.items()]
+    rows = [_bits(group, name, bits, _MEANINGS[modality]) for name, modality, bits in whole]
+    for part in measured.parts:
+        name = f"{part.modality.capitalize()} ids of {part.kind}s, {part.order}"
+        rows.append(_bits(group, name, part.bits, _MEANINGS.get(f"{part.modality}, {part.order}", "")))
     return rows
+
+
+_MEANINGS = {
+    "visual": "codes of pictures and clips, given everything before them",
+    "text": "words of captions, given everything before them",
+    "visual, caption first": "given the words",
+    "text, caption last": "given the picture or clip",
+}
+
+
+def _bits(group: str, name: str, bits: BitsPerId, meaning: str) -> Figure:
+    return Figure(
+        group=group,
+        name=name,
+        value=f"{bits.model:.2f} bits",
+        beside=f"bigram {bits.bigram:.2f}; unigram {bits.unigram:.2f}",
+        meaning=f"{meaning}; {bits.ids:,} ids" if meaning else f"{bits.ids:,} ids",
+    )
 
 
 def _choice(measured: Mapping[str, Choice]) -> list[Figure]:
     rows = []
     for kind, choice in measured.items():
         group = f"Choice among {choice.candidates} held-out pictures (chance {choice.chance:.2%}), {kind}"
-        questions = f"{choice.picture_pmi.asked} questions in {choice.groups} groups"
+        questions = f"{choice.picture_pmi.asked} questions in {choice.groups} group{'s' if choice.groups > 1 else ''}"
         for name, pmi, raw in (
             ("A caption's picture", choice.picture_pmi, choice.picture_raw),
             ("A picture's caption", choice.caption_pmi, choice.caption_raw),
@@ -144,7 +149,7 @@ def _choice(measured: Mapping[str, Choice]) -> list[Figure]:
                     value=_accuracy(pmi),
                     beside=f"by raw likelihood {_accuracy(raw)}",
                     meaning=f"picked by the decoder's own likelihood, less what a candidate scores by itself; "
-                    f"{questions}, 95 % interval",
+                    f"{questions}, 95% interval",
                 )
             )
     return rows

@@ -93,30 +93,6 @@ def question_answer(media: Image | Video, question: str, answer: str) -> Documen
     return Document((media, _question(question), Text(f" {answer}")))
 
 
-def check_fits(prompt: Prompt, grammar: Grammar, context: int) -> int:
-    """Refuse a prompt whose result could not be finished within the context.
-
-    Args:
-        prompt: What the decoder would be given.
-        grammar: Knows how long the open medium is.
-        context: Most ids the decoder can see.
-
-    Returns:
-        How many ids prompt and result take at least; exactly, where only a medium is to be finished.
-
-    Raises:
-        EmulusError: They are more than the context.
-    """
-    rows = [(ids, grammar.start(ids, may=prompt.may).least) for ids in (prompt.ids, prompt.null_ids)]
-    ids, least = max(rows, key=lambda row: len(row[0]) + row[1])
-    if len(ids) + least > context:
-        raise EmulusError(
-            f"the prompt's {len(ids)} ids and at least {least} to generate exceed the model's context of "
-            f"{context}; shorten the prompt, or ask for a smaller picture or a shorter clip"
-        )
-    return len(ids) + least
-
-
 def _captioned(grammar: Grammar, caption: str, opening: list[int]) -> Prompt:
     """A caption, then a medium to finish; without the caption for guidance."""
     words = grammar.build(Document((Text(caption),)), eos=False)
