@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from emulus.bundle import Bundle, GenerationDefaults, load_bundle, save_bundle
-from emulus.engine import Engine, Request, Row
+from emulus.engine import Engine, Request, Result, Row, Token
 from emulus.errors import EmulusError
+from emulus.log import progress_bar
 from emulus.media import (
     Clip,
     clip_to_pixels,
@@ -87,12 +89,12 @@ class Emulus:
         """What calls get that do not say otherwise."""
         return self.bundle.defaults
 
-    @property
+    @cached_property
     def grammar(self) -> Grammar:
         """documents <-> ids."""
         return Grammar(_present(self.bundle.vocabulary, "vocabulary"), self.text)
 
-    @property
+    @cached_property
     def engine(self) -> Engine:
         """prompts -> ids."""
         return Engine(self.decoder, self.grammar)
@@ -281,8 +283,7 @@ class Emulus:
             **sampling,
         }
         requests = [self._request(prompt, seed, **own) for prompt in prompts]
-        results = self.engine.generate(requests)
-        return [self._text(list(result.ids)) for result in results]
+        return [self._text(list(result.ids)) for result in self._generate(requests)]
 
     def _text(self, ids: list[int]) -> str:
         start, stop = self.grammar.vocabulary.text_range
@@ -344,9 +345,16 @@ class Emulus:
             raise EmulusError(f"unknown option {name!r}; choose from {', '.join(sorted(known))}")
         return Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=SamplingParams(**values))
 
+    def _generate(self, requests: Sequence[Request]) -> list[Result]:
+        """Run the engine, with a progress bar on a terminal."""
+        with progress_bar(self.engine.most_new_tokens(requests), what="generating", unit="id") as bar:
+            return self.engine.generate(
+                requests, on_event=lambda event: bar.update() if isinstance(event, Token) else None
+            )
+
     def _finish(self, requests: Sequence[Request]) -> list[list[int]]:
         """Prompt and generated ids of each request."""
-        results = self.engine.generate(requests)
+        results = self._generate(requests)
         return [[*request.prompt_ids, *result.ids] for request, result in zip(requests, results, strict=True)]
 
     def _medium(self, ids: Sequence[int]) -> Image | Video:

@@ -9,9 +9,9 @@ import torch
 from emulus.data.tokens import TokenizedItem
 from emulus.errors import EmulusError
 from emulus.evaluate.likelihood import BitsPerId, Likelihood, likelihood, training_ids
-from emulus.evaluate.scores import modalities, score, score_endings
+from emulus.evaluate.scores import score, score_endings
 from emulus.pipeline import Emulus
-from emulus.sequence import Document, Image, Text, Video, caption_first, caption_last
+from emulus.sequence import Document, Image, Text, Video, caption_first, caption_last, modalities
 
 
 def picture(seed: int, *captions: str) -> TokenizedItem:

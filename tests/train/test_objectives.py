@@ -131,7 +131,7 @@ def test_a_steps_rows_add_up(decoder_config: PretrainConfig) -> None:
         objective = PretrainObjective(dataclasses.replace(decoder_config, row_tokens=row_tokens))
         objective.model.eval()
         rows = objective.batches(0)
-        totals.append((len(rows), sum(float(objective.loss(row).total) for row in rows)))
+        totals.append((len(rows), sum(objective.loss(row).total.item() for row in rows)))
     assert totals[0][0] > totals[1][0] == 1
     assert totals[0][1] == pytest.approx(totals[1][1], rel=1e-5)
 

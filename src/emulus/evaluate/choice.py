@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from emulus.data.tokens import TokenizedItem
-from emulus.evaluate.scores import Ids, Scores, modalities, score, score_endings
+from emulus.evaluate.scores import Ids, Scores, score, score_endings
 from emulus.log import progress
 from emulus.model import Decoder
-from emulus.sequence import Grammar, Image, caption_first, caption_last, templates
+from emulus.sequence import Grammar, Image, caption_first, caption_last, modalities, templates
 
 Matrix = npt.NDArray[np.float64]
 

@@ -27,7 +27,7 @@ _BIT = 1 / math.log(2)
 # A chart is drawn where a run has any of its figures.
 _CHARTS: Mapping[tuple[str, str], Sequence[_Series]] = {
     ("Visual ids", "bits per id"): (_Series(name="visual", train="visual", held_out="visual_bits", unit=_BIT),),
-    ("Text ids", "bits per id, the size text of pictures included"): (
+    ("Text ids", "bits per id"): (
         _Series(name="text", train="text", held_out="text_bits", unit=_BIT),
     ),
     ("Reconstruction", "PSNR in dB"): (

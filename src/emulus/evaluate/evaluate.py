@@ -220,7 +220,7 @@ def _about_figures(config: EvaluateConfig, measured: Measurements) -> str:
     split = {"both": "validation and test splits"}.get(config.split, f"{config.split} split")
     words = [
         f"On the {split} of {config.data.name}. WebP and JPEG get as many bits as the codes of a picture; data that "
-        "are stored as WebP themselves, as the emoji are, favour WebP."
+        "are stored as WebP themselves, as the emoji are, favour WebP a little."
     ]
     if (bits := measured.likelihood) is not None:
         words.append(

@@ -10,10 +10,10 @@ import numpy as np
 from emulus.data.tokens import TokenizedItem
 from emulus.errors import EmulusError
 from emulus.evaluate.ngrams import NGrams, tuned_bits
-from emulus.evaluate.scores import Ids, Scores, modalities, score
+from emulus.evaluate.scores import Ids, Scores, score
 from emulus.log import progress
 from emulus.model import Decoder
-from emulus.sequence import Document, Grammar, Image, Text, caption_first, caption_last
+from emulus.sequence import Document, Grammar, Image, Text, caption_first, caption_last, modalities
 
 
 @dataclass(frozen=True, kw_only=True)

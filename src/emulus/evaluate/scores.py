@@ -14,7 +14,6 @@ from torch import Tensor
 from emulus.log import progress
 from emulus.model import Decoder, KVCache
 from emulus.sequence import pack
-from emulus.tokenizer.vocabulary import Vocabulary
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -23,26 +22,6 @@ Scores = npt.NDArray[np.float64]
 ROW_IDS = 8192
 _CHUNK = 2**23
 """Most logits in memory at a time (32 MB)."""
-
-
-def modalities(ids: Ids, vocabulary: Vocabulary) -> dict[str, Mask]:
-    """Say which ids are visual and which are words.
-
-    Ids that the grammar writes (row ends, the size text of a picture) are neither: they can be foretold.
-
-    Args:
-        ids: Whole documents, one or several end to end.
-        vocabulary: Which id means what.
-
-    Returns:
-        ``visual`` and ``text``, masks as long as ``ids``.
-    """
-    # The size text is written in the same ids as words, between BOI and IMG.
-    in_size_text = np.cumsum(ids == vocabulary.boi) - np.cumsum(ids == vocabulary.img) > 0
-    masks = {}
-    for name, (start, stop) in {"visual": vocabulary.visual_range, "text": vocabulary.text_range}.items():
-        masks[name] = (ids >= start) & (ids < stop) & ~in_size_text
-    return masks
 
 
 @torch.inference_mode()

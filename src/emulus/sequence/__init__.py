@@ -11,7 +11,7 @@ from emulus.sequence.document import (
     Text,
     Video,
 )
-from emulus.sequence.grammar import MAX_CELLS, Allowed, Grammar, GrammarState, Position
+from emulus.sequence.grammar import MAX_CELLS, Allowed, Grammar, GrammarState, Position, modalities
 from emulus.sequence.layout import CELL, SequenceLayout
 from emulus.sequence.packing import Batch, collate, pack
 from emulus.sequence.templates import (
@@ -53,6 +53,7 @@ __all__ = [
     "collate",
     "continue_video",
     "draw",
+    "modalities",
     "pack",
     "question_answer",
 ]

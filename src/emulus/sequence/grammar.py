@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -530,6 +531,26 @@ class GrammarState:
             case "end":
                 return _only(v.pad)
         return self._outside
+
+
+def modalities(ids: Ids, vocabulary: Vocabulary) -> dict[str, npt.NDArray[np.bool_]]:
+    """Say which ids are visual and which are words.
+
+    Ids that the grammar writes (row ends, the size text of a picture) are neither: they can be foretold.
+
+    Args:
+        ids: Whole documents, one or several end to end.
+        vocabulary: Which id means what.
+
+    Returns:
+        ``visual`` and ``text``, masks as long as ``ids``.
+    """
+    # The size text is written in the same ids as words, between BOI and IMG.
+    in_size_text = np.cumsum(ids == vocabulary.boi) - np.cumsum(ids == vocabulary.img) > 0
+    masks = {}
+    for name, (start, stop) in {"visual": vocabulary.visual_range, "text": vocabulary.text_range}.items():
+        masks[name] = (ids >= start) & (ids < stop) & ~in_size_text
+    return masks
 
 
 def _just(id: int) -> tuple[int, int]:

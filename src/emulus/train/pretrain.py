@@ -17,7 +17,7 @@ from emulus.data.tokens import TokenizedItem, Tokens
 from emulus.device import pick_device
 from emulus.errors import EmulusError
 from emulus.model import Decoder, sized
-from emulus.sequence import Batch, Document, Grammar, caption_first, caption_last, collate, pack
+from emulus.sequence import Batch, Document, Grammar, caption_first, caption_last, collate, modalities, pack
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 from emulus.train.config import TrainConfig
@@ -199,11 +199,10 @@ def token_losses(model: Decoder, batch: Batch) -> Float[Tensor, " tokens"]:
 def split_by_modality(
     losses: Float[Tensor, " tokens"], batch: Batch, vocabulary: Vocabulary
 ) -> dict[str, tuple[Tensor, float]]:
-    """Sum and number of the losses of visual and of text targets. Grammar ids, which are known, count as neither."""
-    targets, counted = batch.targets, batch.loss_weights > 0
+    """Sum and number of the losses of visual and of text targets; ids that the grammar writes count as neither."""
     parts = {}
-    for name, (start, stop) in {"visual": vocabulary.visual_range, "text": vocabulary.text_range}.items():
-        chosen = counted & (targets >= start) & (targets < stop)
+    for name, mask in modalities(batch.targets.cpu().numpy(), vocabulary).items():
+        chosen = torch.from_numpy(mask).to(losses.device) & (batch.loss_weights > 0)
         if count := int(chosen.sum()):
             parts[name] = (losses[chosen].sum(), float(count))
     return parts
