@@ -31,13 +31,13 @@ SHORT = {
 NEEDS_A_NETWORK = {"data"}
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the page's blocks of code, in order."""
+    return re.findall(r"```(bash|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def commands(page: Path) -> list[list[str]]:
-    lines = "".join(blocks(page, "bash")).splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("emulus ")]
+def commands(block: str) -> list[list[str]]:
+    return [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("emulus ")]
 
 
 @pytest.fixture
@@ -49,24 +49,27 @@ def workplace(tiny: Emulus, shapes: Path, tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path
 
 
-def test_commands(workplace: Path) -> None:
+def test_every_block(workplace: Path) -> None:
     """In reading order, README first: a page may use what an earlier one made."""
+    languages = set()
     for page in PAGES:
-        for words in commands(page):
-            assert words[0] in VERBS, page.name
-            if words[0] in NEEDS_A_NETWORK:
-                with pytest.raises(SystemExit) as end:
-                    main([*words, "--help"])
-                assert end.value.code == 0
-            else:
-                assert main([*words, *SHORT.get(words[0], [])]) == 0, (page.name, words)
+        for language, block in blocks(page):
+            languages.add(language)
+            if language == "python":
+                exec(compile(block, page.name, "exec"), {})
+            for words in commands(block):
+                run(words)
+    assert languages == {"bash", "python"}
 
 
-def test_python(workplace: Path) -> None:
-    found = [block for page in PAGES for block in blocks(page, "python")]
-    assert found
-    for block in found:
-        exec(compile(block, "docs", "exec"), {})
+def run(words: list[str]) -> None:
+    assert words[0] in VERBS
+    if words[0] in NEEDS_A_NETWORK:
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--help"])
+        assert end.value.code == 0
+    else:
+        assert main([*words, *SHORT.get(words[0], [])]) == 0, words
 
 
 def test_links_lead_somewhere() -> None:

@@ -123,3 +123,9 @@ def test_resize_scales_and_fit_cuts_the_centre() -> None:
     assert fit(image, 8, 8).size == (8, 8)
     assert fit(image, 8, 8).getpixel((4, 4)) == (0, 0, 255)
     assert resize(image, 10, 30) is image
+
+
+def test_a_sliver_is_not_cut_to_a_square() -> None:
+    assert fit(Image.new("RGB", (50, 10)), 8, 8).size == (8, 8)
+    with pytest.raises(EmulusError, match=r"51×10 .* crop or pad it"):
+        fit(Image.new("RGB", (51, 10)), 8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -167,6 +168,12 @@ def test_not_finite_steps_are_skipped(tmp_path: Path) -> None:
     before = [parameter.clone() for parameter in objective.model.parameters()]
     train(TrainConfig(steps=2, device="cpu"), objective, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, objective.model.parameters(), strict=True))
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    train(dataclasses.replace(CONFIG, steps=2, tensorboard=True), Line(), tmp_path)
+    (events,) = (tmp_path / "tensorboard").glob("events.out.*")
+    assert b"train/loss" in events.read_bytes()
 
 
 def test_average() -> None:

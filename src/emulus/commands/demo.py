@@ -71,7 +71,7 @@ def demo(arguments: Sequence[str]) -> None:
     if options.steps_share > 0:
         runs, more = _train_tiny(options)
     logger.info(f"measuring and showing {options.model}")
-    evaluate(dataclasses.replace(show, runs=runs), more=more)
+    evaluate(dataclasses.replace(show, runs=(options.model / "vision", *runs)), more=more)
     print(f"the report: {(options.out / REPORT_FILE).resolve()}")
 
 

@@ -27,9 +27,7 @@ _BIT = 1 / math.log(2)
 # A chart is drawn where a run has any of its figures.
 _CHARTS: Mapping[tuple[str, str], Sequence[_Series]] = {
     ("Visual ids", "bits per id"): (_Series(name="visual", train="visual", held_out="visual_bits", unit=_BIT),),
-    ("Text ids", "bits per id"): (
-        _Series(name="text", train="text", held_out="text_bits", unit=_BIT),
-    ),
+    ("Text ids", "bits per id"): (_Series(name="text", train="text", held_out="text_bits", unit=_BIT),),
     ("Reconstruction", "PSNR in dB"): (
         _Series(name="pictures", train="picture_psnr", held_out="picture_psnr"),
         _Series(name="clips", train="clip_psnr", held_out="clip_psnr"),

@@ -46,11 +46,7 @@ def smart_resize(
             f"a picture of {width}×{height} pixels (width×height) is too small: each side must be at least "
             f"{factor}; use a larger one"
         )
-    if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise EmulusError(
-            f"a picture of {width}×{height} pixels (width×height) is too long: one side may be at most "
-            f"{MAX_ASPECT} times the other; crop or pad it"
-        )
+    _check_aspect(height, width)
     rows, columns = round(height / factor), round(width / factor)
     area = rows * columns * factor**2
     if area > max_pixels:
@@ -101,7 +97,20 @@ def resize(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale a picture to cover (height, width) pixels and cut its centre out: for data sets of one size."""
+    """Scale a picture to cover (height, width) pixels and cut its centre out: for data sets of one size.
+
+    Raises:
+        EmulusError: One side is more than five times the other: little of the picture would be left.
+    """
     if image.size == (width, height):
         return image
+    _check_aspect(image.height, image.width)
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def _check_aspect(height: int, width: int) -> None:
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise EmulusError(
+            f"a picture of {width}×{height} pixels (width×height) is too long: one side may be at most "
+            f"{MAX_ASPECT} times the other; crop or pad it"
+        )

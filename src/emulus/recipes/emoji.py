@@ -50,6 +50,7 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
             out=runs / "decoder",
             size="emoji-6m",
             context=1280,
+            dropout=0.05,
             documents_per_step=16,
             row_tokens=16384,
             train=TrainConfig(
