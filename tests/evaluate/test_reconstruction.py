@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from emulus.data.media_dataset import to_pixels
-from emulus.data.source import open_source
+from emulus.data.source import even, open_source
 from emulus.errors import EmulusError
 from emulus.evaluate.codecs import Codec, best_within
-from emulus.evaluate.held_out import encode_examples, even
+from emulus.evaluate.held_out import encode_examples
 from emulus.evaluate.reconstruction import paint, reconstruct
 from emulus.media import image_to_pixels
 from emulus.pipeline import Emulus

@@ -30,6 +30,7 @@ class Line(Objective[Tensor, nn.Sequential]):
     unit = "points"
 
     def __init__(self, *, width: int = 8, kill_at: int | None = None, signal_at: int | None = None) -> None:
+        self.config = CONFIG
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.2), nn.Linear(width, 1))
         self.seen = torch.zeros(())

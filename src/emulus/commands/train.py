@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
-from emulus.config import from_flags, write_yaml
+from emulus.config import from_flags
 from emulus.data.tokens import tokenize as run_tokenize
 from emulus.errors import EmulusError
 from emulus.recipes import RECIPES, Recipe, recipe
@@ -20,7 +19,6 @@ def tokenizer_train(arguments: Sequence[str]) -> None:
     """``emulus tokenizer-train RECIPE [--config FILE] [flags]``."""
     chosen, rest = take_recipe(arguments, "tokenizer-train")
     config = from_flags(chosen.tokenizer, rest, program="emulus tokenizer-train RECIPE")
-    _save(config, config.out)
     print(train_tokenizer(config))
 
 
@@ -28,7 +26,6 @@ def tokenize(arguments: Sequence[str]) -> None:
     """``emulus tokenize RECIPE [--config FILE] [flags]``."""
     chosen, rest = take_recipe(arguments, "tokenize")
     config = from_flags(chosen.tokens, rest, program="emulus tokenize RECIPE")
-    _save(config, config.out)
     print(run_tokenize(config))
 
 
@@ -36,7 +33,6 @@ def pretrain(arguments: Sequence[str]) -> None:
     """``emulus pretrain RECIPE [--config FILE] [flags]``."""
     chosen, rest = take_recipe(arguments, "pretrain")
     config = from_flags(chosen.decoder, rest, program="emulus pretrain RECIPE")
-    _save(config, config.out)
     print(run_pretrain(config))
 
 
@@ -52,7 +48,3 @@ def take_recipe(arguments: Sequence[str], verb: str) -> tuple[Recipe, list[str]]
     if not words or words[0].startswith("-"):
         raise EmulusError(f"name a recipe: emulus {verb} RECIPE; there are {', '.join(RECIPES)}")
     return recipe(words[0]), words[1:]
-
-
-def _save(config: object, out: Path) -> None:
-    write_yaml(out / "config.yaml", config)

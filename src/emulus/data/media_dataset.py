@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -13,10 +14,10 @@ from torch import Tensor
 from emulus.data.source import Item
 from emulus.errors import EmulusError
 from emulus.log import logger
-from emulus.media import fit, read_image, read_video
+from emulus.media import Clip, fit, read_image, read_video, resample
 
 
-class MediaDataset(Sequence[Tensor]):
+class MediaDataset:
     """Items as uint8 frames ``(T, 3, size, size)``, one for a picture; decoded once and kept while there is room.
 
     An item that cannot be read is reported once, and the next one that can takes its place.
@@ -41,7 +42,9 @@ class MediaDataset(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> UInt8[Tensor, "t 3 size size"]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> UInt8[Tensor, "t 3 size size"]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         for candidate in range(index, index + len(self)):
             frames = self._frames(candidate % len(self))
             if frames is not None:
@@ -80,11 +83,17 @@ def decode_item(
     Raises:
         EmulusError: The media cannot be read.
     """
-    if item.kind == "video":
+    pictures: tuple[PIL.Image.Image, ...]
+    if item.kind == "image":
+        pictures, rate = (read_image(item.media),), 0.0
+    elif item.fps is None:
         clip = read_video(item.media, fps=fps, max_frames=max_frames)
         pictures, rate = clip.frames, clip.fps
     else:
-        pictures, rate = (read_image(item.media),), 0.0
+        # The data set knows better than the file's time stamps.
+        clip = Clip(read_video(item.media).frames, item.fps)
+        clip = resample(clip, fps) if fps else clip
+        pictures, rate = clip.frames[:max_frames], clip.fps
     arrays = [np.asarray(fit(picture, size, size)) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), rate
 
@@ -103,6 +112,12 @@ def shifted(frames: UInt8[Tensor, "t 3 h w"], draw: np.random.Generator, shift: 
     height, width = frames.shape[-2:]
     padded = F.pad(frames.float(), (shift,) * 4, mode="replicate").to(frames.dtype)
     return padded[..., down : down + height, right : right + width]
+
+
+def whole_codes(frames: UInt8[Tensor, "t 3 h w"], factor: int) -> UInt8[Tensor, "s 3 h w"]:
+    """A clip brought to a multiple of ``factor`` frames: its last frame is held. A picture is left as it is."""
+    missing = -len(frames) % factor if len(frames) > 1 else 0
+    return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
 
 
 def to_pixels(frames: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

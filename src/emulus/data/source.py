@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from emulus.errors import EmulusError, did_you_mean
 from emulus.media import is_video
 
+T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Kind = Literal["image", "video"]
@@ -405,3 +406,9 @@ def _is_bytes(kind: pa.DataType) -> bool:
         or pa.types.is_fixed_size_binary(kind)
         or pa.types.is_binary_view(kind)
     )
+
+
+def even(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of the items, evenly spread, so that every kind and style has its share."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]

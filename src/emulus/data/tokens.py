@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from emulus.data.media_dataset import decode_item, shifted, to_pixels
+from emulus.data.media_dataset import decode_item, shifted, to_pixels, whole_codes
 from emulus.data.source import SPLITS, Item, open_source
 from emulus.device import pick_device
 from emulus.errors import EmulusError
@@ -106,7 +106,7 @@ def tokenize(config: TokenizeConfig) -> Path:
     device = pick_device(config.device)
     vision = load_vision_tokenizer(config.vision, device)
     source = open_source(config.data)
-    settings = _settings(config, vision)
+    settings = _settings(config, source, vision)
     if _finished(config.out, settings):
         logger.info(f"{config.out} is complete")
         return config.out
@@ -130,8 +130,8 @@ def tokenize(config: TokenizeConfig) -> Path:
     return config.out
 
 
-def _settings(config: TokenizeConfig, vision: VisionTokenizer) -> dict[str, Any]:
-    """What the codes depend on."""
+def _settings(config: TokenizeConfig, source: Sequence[Item], vision: VisionTokenizer) -> dict[str, Any]:
+    """What the codes depend on: the flags, the words and names of the data, and the vision tokenizer's weights."""
     values = {
         key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
     }
@@ -140,7 +140,10 @@ def _settings(config: TokenizeConfig, vision: VisionTokenizer) -> dict[str, Any]
     digest = hashlib.sha256()
     for _, tensor in sorted(vision.state_dict().items()):
         digest.update(tensor.cpu().numpy().tobytes())
-    return {**values, "vision_sha256": digest.hexdigest()}
+    words = hashlib.sha256()
+    for item in source:
+        words.update(repr((item.id, item.split, item.kind, item.fps, item.captions)).encode())
+    return {**values, "data_sha256": words.hexdigest(), "vision_sha256": digest.hexdigest()}
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> bool:
@@ -197,10 +200,9 @@ def _picture_rows(vision: VisionTokenizer, pending: Sequence[tuple[Item, torch.T
 
 
 def _clip_row(vision: VisionTokenizer, item: Item, frames: torch.Tensor, fps: float) -> dict[str, Any]:
-    factor = vision.config.temporal_factor
-    missing = -len(frames) % factor
-    # A last code that is not full holds its last frame.
-    whole = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
+    # A clip of one frame is still a clip: it is held to be one code long.
+    frames = torch.cat([frames, frames]) if len(frames) == 1 else frames
+    whole = whole_codes(frames, vision.config.temporal_factor)
     codes = vision.encode(to_pixels(whole.to(vision.device))[None])[0].cpu()
     return _row(item, codes, fps)
 

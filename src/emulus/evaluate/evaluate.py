@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 
-from emulus.data.source import Source, open_source
+from emulus.data.source import Source, even, open_source
 from emulus.data.tokens import TokenizeConfig, TokenizedItem, Tokens, tokenize
 from emulus.errors import EmulusError
 from emulus.evaluate.choice import Choice, choose, make_groups
 from emulus.evaluate.curves import curves_of
 from emulus.evaluate.galleries import GalleryCounts, galleries
-from emulus.evaluate.held_out import Example, encode_examples, even
+from emulus.evaluate.held_out import Example, encode_examples
 from emulus.evaluate.likelihood import likelihood
 from emulus.evaluate.reconstruction import reconstruct
 from emulus.evaluate.report import Report, Section, Text, write_report

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import PIL.Image
 from PIL import ImageDraw
 
-from emulus.evaluate.held_out import Example, even
+from emulus.data.source import even
+from emulus.evaluate.held_out import Example
 from emulus.evaluate.report import Gallery, Section, Shot, Tile
 from emulus.log import logger
 from emulus.media import Clip

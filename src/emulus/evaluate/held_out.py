@@ -11,7 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from emulus.data.media_dataset import decode_item, to_pixels
+from emulus.data.media_dataset import decode_item, to_pixels, whole_codes
 from emulus.data.source import Item
 from emulus.data.tokens import TokenizedItem
 from emulus.errors import EmulusError
@@ -19,7 +19,6 @@ from emulus.log import logger, progress
 from emulus.media import Clip, pixels_to_clip, pixels_to_image
 from emulus.pipeline import Emulus
 from emulus.sequence import Image, Video
-from emulus.train.tokenizer import whole_codes
 
 T = TypeVar("T")
 
@@ -117,9 +116,3 @@ def _encode_pictures(model: Emulus, pictures: Sequence[tuple[int, Item, Tensor]]
 
 def _codes(model: Emulus, frames: Tensor) -> Tensor:
     return model.vision.encode(to_pixels(frames.to(model.vision.device))).cpu()
-
-
-def even(items: Sequence[T], count: int) -> list[T]:
-    """At most ``count`` of the items, evenly spread, so that every style has its share."""
-    count = min(count, len(items))
-    return [items[place * len(items) // count] for place in range(count)]

@@ -189,6 +189,25 @@ def write_video(clip: Clip, path: str | Path) -> None:
     write_content(path, content)
 
 
+def resample(clip: Clip, fps: float) -> Clip:
+    """A clip at another frame rate: at each new moment the frame that is on show.
+
+    Args:
+        clip: What to bring to the rate; assumed to be evenly timed.
+        fps: Frames per second.
+
+    Raises:
+        EmulusError: The rate is out of range.
+    """
+    _check_fps(fps)
+    if fps == clip.fps:
+        return clip
+    count = max(round(clip.duration * fps), 1)
+    # The slack keeps rounding from showing the frame before.
+    places = (min(int(place * clip.fps / fps + 1e-6), len(clip.frames) - 1) for place in range(count))
+    return Clip(tuple(clip.frames[place] for place in places), fps)
+
+
 def clip_to_pixels(clip: Clip) -> Float[Tensor, "frames 3 height width"]:
     """Turn a clip into float32 pixels in [-1, 1]; :func:`pixels_to_clip` gives it back exactly."""
     return bytes_to_pixels(torch.from_numpy(np.stack([np.asarray(as_rgb(frame)) for frame in clip.frames])))

@@ -31,7 +31,7 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
     # A weaker pull than usual: at 0.25 two of the four latent dimensions, colour among them, were pressed flat.
     codebook = CodebookConfig(commitment=0.05)
     loop = TrainConfig(
-        steps=3500,
+        steps=3250,
         learning_rate=2e-3,
         warmup_steps=100,
         schedule="wsd",

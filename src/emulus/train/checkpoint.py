@@ -41,6 +41,9 @@ def save(folder: Path, step: int, state: TrainerState, save_model: Callable[[Pat
         EmulusError: The disk is full or the folder may not be written to; older checkpoints are untouched.
     """
     path = folder / f"step-{step:08d}"
+    # Left by a run that was killed while saving.
+    for stale in folder.glob(".step-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
     with new_folder(path) as temporary:
         (temporary / "model").mkdir()
         save_model(temporary / "model")

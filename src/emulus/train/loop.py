@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emulus.config import read_yaml, to_dict, write_yaml
 from emulus.device import autocast, pick_device
 from emulus.errors import EmulusError
 from emulus.files import write_file
@@ -54,6 +55,7 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
     if start >= config.steps:
         logger.info(f"{run} is complete ({start} steps)")
         return loop.final_model()
+    loop.save_config()
     loop.log = MetricsLog(run, resumed_at=start, tensorboard=config.tensorboard)
     logger.info(
         f"{'going on at step ' + str(start) if start else 'starting'}: {objective.describe()}, on {loop.device}"
@@ -67,11 +69,12 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
             line.step(items)
             if done % config.log_every == 0 or done == config.steps:
                 line.show(done, figures)
-            if _due(config.evaluate_every, done, config.steps):
-                loop.evaluate(done)
-                line.restart()
+            # Saved first: what goes wrong in an evaluation costs no training.
             if _due(config.save_every, done, config.steps) or interrupts:
                 loop.save(done)
+                line.restart()
+            if _due(config.evaluate_every, done, config.steps) and not interrupts:
+                loop.evaluate(done)
                 line.restart()
             if interrupts and done < config.steps:
                 raise Interrupted(f"stopped at step {done} of {config.steps} and saved; run the same command to go on")
@@ -116,7 +119,8 @@ class _Loop:
         if finite := bool(norm.isfinite()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        extra = objective.after_step(step, config.steps)
+        # Nor may the objective learn from it.
+        extra = objective.after_step(step, config.steps) if finite else {}
         if self.ema is not None:
             update_average(self.ema, self.model, min(config.ema_decay, (1 + step) / (10 + step)))
         figures = {"loss": sum(float(loss.total.detach()) for loss in losses), **_means(losses)}
@@ -144,7 +148,7 @@ class _Loop:
         tensors |= checkpoint.prefixed("extra", self.objective.extra_state())
         if self.ema is not None:
             tensors |= checkpoint.prefixed("ema", self.ema.state_dict())
-        state = TrainerState(tensors=tensors, values={"step": step})
+        state = TrainerState(tensors=tensors, values={"step": step, "fingerprint": self.objective.fingerprint()})
         return checkpoint.save(
             self.run / CHECKPOINTS,
             step,
@@ -159,6 +163,11 @@ class _Loop:
         if path is None:
             return 0
         state = checkpoint.load(path, self.device)
+        if state.values.get("fingerprint", "") not in ("", self.objective.fingerprint()):
+            raise EmulusError(
+                f"{path} was trained on other data (or ids that mean something else) than given now; "
+                f"choose another --out, or delete {self.run} to start over"
+            )
         try:
             self.model.load_state_dict(checkpoint.section("model", state.tensors))
             if self.ema is not None:
@@ -171,6 +180,15 @@ class _Loop:
                 f"{path} is of another model or other settings ({reason}); choose another --out or delete {self.run}"
             ) from None
         return int(state.values["step"])
+
+    def save_config(self) -> None:
+        """Write ``config.yaml``, and say what differs from the run's so far."""
+        path = self.run / "config.yaml"
+        new = to_dict(self.objective.config)
+        if path.exists():
+            for name, old, value in _changes(read_yaml(path), new):
+                logger.warning(f"{name} was {old} in this run so far and is {value} from here on")
+        write_yaml(path, self.objective.config)
 
     def final_model(self) -> Path:
         """The newest checkpoint's model folder."""
@@ -215,6 +233,15 @@ def _means(losses: list[StepLoss]) -> dict[str, float]:
         parts = [loss.figures[name] for loss in losses if name in loss.figures]
         means[name] = sum(float(total) for total, _ in parts) / sum(weight for _, weight in parts)
     return means
+
+
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Fields of nested mappings that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            yield from _changes(old.get(key), new[key], f"{name}.{key}" if name else str(key))
+    elif old != new:
+        yield name, old, new
 
 
 def _due(every: int, done: int, steps: int) -> bool:

@@ -41,11 +41,14 @@ class Evaluation:
 class Objective(ABC, Generic[Batch, Model]):
     """A model, its data and its loss. The loop owns everything else.
 
+    ``config`` is the dataclass that is saved with the run.
+
     ``batches`` is a pure function of the step, and everything random in ``loss`` and ``after_step`` draws from torch's
     global generator, which the loop seeds from the step. So a run can stop anywhere and go on to the same bits.
     """
 
     model: Model
+    config: Any
     unit: str = "items"
 
     @abstractmethod
@@ -55,6 +58,10 @@ class Objective(ABC, Generic[Batch, Model]):
     @abstractmethod
     def loss(self, batch: Batch) -> StepLoss:
         """Forward pass of one of a step's batches."""
+
+    def fingerprint(self) -> str:
+        """What a run may not change half-way: of the data, not of settings. Checked when a run is resumed."""
+        return ""
 
     def before_step(self, step: int, steps: int) -> None:
         """Set whatever depends on how far the run is."""

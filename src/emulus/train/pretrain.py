@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emulus.bundle import Bundle, GenerationDefaults, save_bundle
-from emulus.data.tokens import TokenizedItem, Tokens
+from emulus.data.source import even
+from emulus.data.tokens import SETTINGS, Tokens
 from emulus.device import pick_device
 from emulus.errors import EmulusError
 from emulus.model import Decoder, sized
-from emulus.sequence import Batch, Document, Grammar, caption_first, caption_last, collate, modalities, pack
+from emulus.sequence import Batch, Document, Grammar, MediaSize, caption_first, caption_last, collate, modalities, pack
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 from emulus.train.config import TrainConfig
@@ -103,14 +105,30 @@ class PretrainObjective(Objective[Row, Decoder]):
         self.model = Decoder(shape).to(self.device)
         self.held_out = self._held_out_rows()
 
+    def fingerprint(self) -> str:
+        """Of the ids and what they mean."""
+        digest = hashlib.sha256()
+        for name in (SETTINGS, "vocabulary.json", "tokenizer.json"):
+            digest.update((self.config.tokens / name).read_bytes())
+        return digest.hexdigest()
+
     def _check_lengths(self) -> None:
-        longest = max(self.items, key=lambda item: item.media.codes.numel())
-        length = len(self.grammar.build(caption_last(longest.media, max(longest.captions, key=len, default=""))))
-        if length > self.config.context:
-            raise EmulusError(
-                f"{longest.id} is {length} ids long but the context is {self.config.context}: "
-                "raise --context (and --row-tokens), or tokenize at a smaller size or fewer frames"
-            )
+        """Refuse documents that are longer than the context, before the run instead of in the midst of it."""
+        words: dict[str, int] = {}
+        blocks: dict[MediaSize, int] = {}
+        for item in [*self.items, *self.tokens.items("validation")]:
+            size = item.media.size
+            if size not in blocks:
+                blocks[size] = len(self.grammar.build(caption_last(item.media, "")))
+            for caption in item.captions:
+                if caption not in words:
+                    words[caption] = len(self.tokens.text.encode(caption))
+            length = blocks[size] + max((words[caption] for caption in item.captions), default=0)
+            if length > self.config.context:
+                raise EmulusError(
+                    f"{item.id} is {length} ids long but the context is {self.config.context}: "
+                    "raise --context (and --row-tokens), or tokenize at a smaller size or fewer frames"
+                )
 
     def batches(self, step: int) -> list[Row]:
         """The step's documents, packed into rows. Every item comes once per epoch, in an order of its own."""
@@ -147,7 +165,7 @@ class PretrainObjective(Objective[Row, Decoder]):
     def _held_out_rows(self) -> list[Batch]:
         """The same held-out documents at every evaluation: half begin with their caption, half end with it."""
         items = [item for item in self.tokens.items("validation") if item.captions]
-        chosen = spread(items, self.config.evaluation_documents)
+        chosen = even(items, self.config.evaluation_documents)
         orders = (
             caption_first(item.captions[0], item.media) if number % 2 else caption_last(item.media, item.captions[0])
             for number, item in enumerate(chosen)
@@ -190,7 +208,7 @@ def token_losses(model: Decoder, batch: Batch) -> Float[Tensor, " tokens"]:
     hidden = model.hidden(
         batch.input_ids[None], position_ids=batch.position_ids[None], document_lengths=batch.document_lengths
     )[0]
-    # A few positions at a time: their logits stay in the processor's cache, and the whole table never exists.
+    # A few positions at a time, so that their logits stay in the processor's cache.
     parts = zip(hidden.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
     losses = torch.cat([F.cross_entropy(model.head(part), targets, reduction="none") for part, targets in parts])
     return losses * (batch.loss_weights > 0)
@@ -206,12 +224,6 @@ def split_by_modality(
         if count := int(chosen.sum()):
             parts[name] = (losses[chosen].sum(), float(count))
     return parts
-
-
-def spread(items: Sequence[TokenizedItem], count: int) -> list[TokenizedItem]:
-    """At most ``count`` items, evenly spread over the sequence, so that every style and kind has its share."""
-    stride = max(len(items) / count, 1.0)
-    return [items[int(place * stride)] for place in range(min(count, len(items)))]
 
 
 def pretrain(config: PretrainConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from emulus.data.media_dataset import MediaDataset, shifted, to_pixels
+from emulus.data.media_dataset import MediaDataset, shifted, to_pixels, whole_codes
 from emulus.data.source import Kind, Split, open_source
 from emulus.device import pick_device
 from emulus.errors import EmulusError
@@ -104,6 +105,11 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         ):
             raise EmulusError(f"{config.data} has no training pictures or clips")
         self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def fingerprint(self) -> str:
+        """Of the training items' names."""
+        names = [item.id for data in (self.pictures, self.clips) if data is not None for item in data.items]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def batches(self, step: int) -> list[MediaBatch]:
         """One batch of pictures and windows of clips, drawn at random with replacement."""
@@ -224,13 +230,7 @@ def _window(frames: Tensor, length: int, draw: np.random.Generator) -> Tensor:
     """A random run of ``length`` frames; a shorter clip holds its last frame."""
     start = int(draw.integers(max(len(frames) - length, 0) + 1))
     window = frames[start : start + length]
-    missing = length - len(window)
-    return torch.cat([window, window[-1:].expand(missing, -1, -1, -1)]) if missing else window
-
-
-def whole_codes(frames: Tensor, temporal_factor: int) -> Tensor:
-    """A clip cut to whole codes along time; one shorter than a code, or a picture, is left as it is."""
-    return frames if len(frames) == 1 else frames[: max(len(frames) // temporal_factor, 1) * temporal_factor]
+    return torch.cat([window, window[-1:].expand(length - len(window), -1, -1, -1)])
 
 
 def train_tokenizer(config: TokenizerTrainConfig) -> Path:
