@@ -37,7 +37,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) ->
         ("steps: true", "True is not int"),
         ("schedule: linear", "cosine, wsd"),
         ("[1, 2]", "expected fields"),
-        ("steps: -1", "must be positive"),
+        ("steps: -1", "must be at least 1"),
         ("a: [", "not valid YAML"),
     ],
 )

@@ -13,15 +13,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from emulus.config import merge
 from emulus.device import pick_device
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, at_least
 from emulus.files import read_json, write_json
 from emulus.model import Decoder, load_decoder, save_decoder
-from emulus.tokenizer.text import TextTokenizer
+from emulus.tokenizer.text import TIKTOKEN_FILE, TOKENIZERS_FILE, TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer
 from emulus.tokenizer.vision.config import MODEL_TYPE as VISION_MODEL_TYPE
 from emulus.tokenizer.vision.weights import load_vision_tokenizer, save_vision_tokenizer
@@ -58,6 +58,10 @@ class GenerationDefaults:
     top_p: float = 1.0
     text_temperature: float = 0.0
     max_text_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        at_least(1, height=self.height, width=self.width, num_frames=self.num_frames)
+        at_least(1, max_text_tokens=self.max_text_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,8 @@ def load_bundle(path: Path | str, *, device: str = "auto", dtype: torch.dtype | 
     if isinstance(config, dict) and config.get("model_type") == VISION_MODEL_TYPE:
         return Bundle(vision=load_vision_tokenizer(folder, target))
     vocabulary = Vocabulary.load(folder / "vocabulary.json") if (folder / "vocabulary.json").exists() else None
-    text = TextTokenizer.from_file(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
+    has_text = any((folder / name).is_file() for name in (TOKENIZERS_FILE, TIKTOKEN_FILE))
+    text = TextTokenizer.from_file(folder) if has_text else None
     vision = load_vision_tokenizer(folder / "vision", target) if (folder / "vision").is_dir() else None
     size = vocabulary.size if vocabulary else None
     decoder = load_decoder(folder, dtype=dtype, device=target, vocab_size=size)
@@ -123,11 +128,7 @@ def load_bundle(path: Path | str, *, device: str = "auto", dtype: torch.dtype | 
 def _read_defaults(folder: Path) -> GenerationDefaults:
     if not (folder / GENERATION_CONFIG).exists():
         return GenerationDefaults()
-    values: dict[str, Any] = read_json(folder / GENERATION_CONFIG)
-    known = {field.name for field in dataclasses.fields(GenerationDefaults)}
-    for name in values.keys() - known:
-        raise EmulusError(f"{folder / GENERATION_CONFIG}: unknown key {name!r}{did_you_mean(name, known)}")
-    return GenerationDefaults(**values)
+    return merge(GenerationDefaults(), read_json(folder / GENERATION_CONFIG), str(folder / GENERATION_CONFIG))
 
 
 def _check_together(bundle: Bundle, folder: Path) -> None:

@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EmulusError as error:
         print(f"emulus: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        # What no part of the program expected of the disk is still the disk's doing.
+        print(f"emulus: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("emulus: interrupted", file=sys.stderr)
         return 130
@@ -55,7 +59,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     if verb not in VERBS:
         raise EmulusError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
     module, function, _ = VERBS[verb]
-    # Here, not at the top: it imports torch, which `emulus --help` must not.
+    # Here, not at the top: `emulus --help` must be quick.
     from emulus.log import set_up_logging
 
     set_up_logging()

@@ -87,6 +87,8 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EmulusError(f"there is no config file {path}") from None
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EmulusError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -107,7 +109,7 @@ def from_flags(default: Config, arguments: Sequence[str], *, program: str, descr
         program: Shown in the help, e.g. ``emulus pretrain``.
         description: Shown in the help.
     """
-    rest = list(arguments)
+    rest = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     while "--config" in rest:
         place = rest.index("--config")
         if place + 1 == len(rest):
@@ -115,4 +117,5 @@ def from_flags(default: Config, arguments: Sequence[str], *, program: str, descr
         path = Path(rest[place + 1])
         default = merge(default, read_yaml(path), str(path))
         del rest[place : place + 2]
-    return tyro.cli(type(default), default=default, args=rest, prog=program, description=description)
+    text = f"{description} Further: --config FILE, a YAML file of these fields, which flags win over.".strip()
+    return tyro.cli(type(default), default=default, args=rest, prog=program, description=text)

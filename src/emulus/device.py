@@ -20,19 +20,24 @@ def pick_device(name: str = "auto") -> torch.device:
         EmulusError: There is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise EmulusError(f"no device {name!r} here ({str(error).splitlines()[0]}); use --device cpu") from None
+    if device.type not in ("cpu", "cuda"):
+        raise EmulusError(f"device {name!r} is not supported (it lacks float64); use --device cpu or cuda")
+    if device.type == "cuda":
+        # Convolutions in TF32 would be "float32" of 10 bits, and move codes.
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 arithmetic is faster than float32 on the device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # Without these instructions a CPU emulates bfloat16, several times slower than float32.
     probe: Callable[[], dict[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = probe()

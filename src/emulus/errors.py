@@ -15,6 +15,17 @@ class EmulusError(Exception):
     """Bad input. The message is one line: what was wrong, where, and what to do."""
 
 
+def at_least(low: float, **values: float) -> None:
+    """Refuse numbers below ``low`` (and what is not a number).
+
+    Raises:
+        EmulusError: Names the first such value.
+    """
+    for name, value in values.items():
+        if not value >= low:
+            raise EmulusError(f"{name} must be at least {low:g}, got {value}")
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Name the choices for an unknown word, the closest first.
 

@@ -27,13 +27,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         elif isinstance(error, PermissionError):
             message = f"not allowed to write {path}; choose another folder or change its permissions"
         else:
-            raise
+            message = f"could not write {path} ({error.strerror or error}); choose another place"
         raise EmulusError(message) from error
 
 
 def fsync(path: Path) -> None:
     """Flush a file or folder to the disk, so that a rename after it cannot be seen before its content."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -82,6 +84,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EmulusError(f"{path} is missing") from None
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise EmulusError(
             f"{path} is not valid JSON ({error}); it may be truncated: restore it from its source"

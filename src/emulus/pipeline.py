@@ -18,19 +18,19 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from emulus.bundle import Bundle, GenerationDefaults, load_bundle, save_bundle
-from emulus.engine import Engine, Request, Result, Row, Token
-from emulus.errors import EmulusError
+from emulus.engine import Engine, Frame, Request, Result, Row, Token
+from emulus.errors import EmulusError, at_least
 from emulus.log import progress_bar
 from emulus.media import (
     Clip,
     clip_to_pixels,
     fit,
     image_to_pixels,
-    is_video,
     pixels_to_clip,
     pixels_to_image,
     read_image,
-    read_video,
+    read_media,
+    resample,
 )
 from emulus.model import Decoder
 from emulus.sampling import SamplingParams
@@ -137,36 +137,64 @@ class Emulus:
         Raises:
             EmulusError: An empty prompt, a size that does not fit the model, or a value out of range.
         """
-        h, w = self._cells(height, width)
+        at_least(1, num_images_per_prompt=num_images_per_prompt)
         requests = []
         for prompt in prompts:
-            _check_prompt(prompt)
-            drawn = templates.draw(self.grammar, prompt, h, w)
-            drawn = _with_negative(drawn, templates.draw(self.grammar, negative_prompt, h, w))
+            drawn = self._drawing(prompt, negative_prompt, height, width)
             requests += [self._request(drawn, seed + i, **sampling) for i in range(num_images_per_prompt)]
         codes = torch.stack([self._medium(request).codes for request in self._finish(requests)])
         return [pixels_to_image(pixels) for pixels in self._paint(codes)]
 
     def stream_image(
-        self, prompt: str, *, height: int | None = None, width: int | None = None, seed: int = 0, **sampling: Any
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        **sampling: Any,
     ) -> Iterator[PILImage.Image]:
         """Draw one picture and show it after every row of cells: the rows so far, the rest grey.
 
-        Arguments as in :meth:`generate_images`. The last picture is the finished one.
+        Arguments as in :meth:`generate_images`. The last picture is the finished one. Closing the iterator stops.
         """
-        _check_prompt(prompt)
-        h, w = self._cells(height, width)
-        request = self._request(templates.draw(self.grammar, prompt, h, w), seed, **sampling)
+        request = self._request(self._drawing(prompt, negative_prompt, height, width), seed, **sampling)
         factor = self.vision.config.spatial_factor
-        codes = torch.zeros(h, w, dtype=torch.int64)
+        rows: list[Tensor] = []
         for event in self.engine.stream(request):
             if isinstance(event, Row):
-                # Rows that are not there yet repeat the last one: the painter looks at neighbours, and at nothing
-                # a repetition disturbs least.
-                codes[event.index :] = torch.tensor(event.codes)
+                rows.append(torch.tensor(event.codes))
+                # Rows that are not there yet repeat the last one: the painter looks at neighbours, and a repetition
+                # disturbs it least.
+                codes = torch.stack(rows + rows[-1:] * (event.size.h - len(rows)))
                 pixels = self._paint(codes[None])[0]
-                pixels[:, (event.index + 1) * factor :] = 0.0
+                pixels[:, len(rows) * factor :] = 0.0
                 yield pixels_to_image(pixels)
+
+    def stream_video(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Iterator[Clip]:
+        """Animate one prompt and show the clip so far after every frame of codes (four frames of pixels).
+
+        Arguments as in :meth:`generate_videos`. The last clip is the finished one. Closing the iterator stops.
+        """
+        animation = self._animation(prompt, negative_prompt, height, width, num_frames, fps)
+        frames: list[Tensor] = []
+        for event in self.engine.stream(self._request(animation, seed, **sampling)):
+            if isinstance(event, Frame):
+                frames.append(torch.tensor(event.codes).reshape(event.size.h, event.size.w))
+                # The layers see backwards only, so frames that are there already do not change.
+                yield self._clip(Video(torch.stack(frames), fps=event.size.fps or self.defaults.fps))
 
     def generate_video(self, prompt: str, **options: Any) -> Clip:
         """Animate one prompt; options as in :meth:`generate_videos`."""
@@ -199,14 +227,10 @@ class Emulus:
         Raises:
             EmulusError: As for pictures.
         """
-        h, w = self._cells(height, width)
-        t, rate = self._code_frames(num_frames or self.defaults.num_frames), fps or self.defaults.fps
         requests = []
         for prompt in prompts:
-            _check_prompt(prompt)
-            drawn = templates.animate(self.grammar, prompt, t, h, w, rate)
-            drawn = _with_negative(drawn, templates.animate(self.grammar, negative_prompt, t, h, w, rate))
-            requests.append(self._request(drawn, seed, **sampling))
+            animation = self._animation(prompt, negative_prompt, height, width, num_frames, fps)
+            requests.append(self._request(animation, seed, **sampling))
         return [self._clip(self._medium(request)) for request in self._finish(requests)]
 
     def continue_video(
@@ -232,11 +256,11 @@ class Emulus:
             EmulusError: The clip cannot be read or leaves nothing to add.
         """
         start = self._fitted(clip)
-        if start is None:
+        if not isinstance(start, Clip):
             raise EmulusError("a picture cannot be continued: give a clip")
         frames = list(start.frames)
         factor = self.vision.config.temporal_factor
-        total = factor * self._code_frames(num_frames or 2 * len(frames))
+        total = factor * self._code_frames(2 * len(frames) if num_frames is None else num_frames)
         if total <= len(frames):
             raise EmulusError(f"the clip has {len(frames)} frames; num_frames must be more, got {total}")
         if not prompt:
@@ -299,23 +323,29 @@ class Emulus:
         Raises:
             EmulusError: It cannot be read, or the clip is shorter than one code in time.
         """
-        clip = self._fitted(media)
-        if clip is not None:
-            return self._encode_clip(Clip(clip.frames[: self.defaults.num_frames], clip.fps))
-        assert not isinstance(media, Clip)
-        pixels = image_to_pixels(fit(read_image(media), self.defaults.height, self.defaults.width))
+        fitted = self._fitted(media, self.defaults.num_frames)
+        if isinstance(fitted, Clip):
+            return self._encode_clip(fitted)
+        pixels = image_to_pixels(fitted)
         return Image(self.vision.encode(pixels[None].to(self.vision.device))[0].cpu())
 
-    def _fitted(self, media: MediaSource) -> Clip | None:
-        """A clip at the model's size and frame rate, cut to whole codes in time; ``None`` if it is a picture."""
-        if isinstance(media, PILImage.Image) or (not isinstance(media, Clip) and not is_video(media)):
-            return None
-        clip = media if isinstance(media, Clip) else read_video(media, fps=self.defaults.fps)
+    def _fitted(self, media: MediaSource, max_frames: int | None = None) -> PILImage.Image | Clip:
+        """A picture, or a clip cut to whole codes in time, at the model's size and frame rate."""
+        height, width, fps = self.defaults.height, self.defaults.width, self.defaults.fps
+        if isinstance(media, Clip):
+            media = resample(media, fps)
+        elif isinstance(media, PILImage.Image):
+            media = read_image(media)
+        else:
+            media = read_media(media, fps=fps, max_frames=max_frames)
+        if not isinstance(media, Clip):
+            return fit(media, height, width)
         factor = self.vision.config.temporal_factor
-        whole = clip.frames[: len(clip.frames) // factor * factor]
+        frames = media.frames[:max_frames]
+        whole = frames[: len(frames) // factor * factor]
         if not whole:
-            raise EmulusError(f"the clip has {len(clip.frames)} frames at {clip.fps:g} fps, but {factor} make one code")
-        return Clip(tuple(fit(frame, self.defaults.height, self.defaults.width) for frame in whole), clip.fps)
+            raise EmulusError(f"the clip has {len(frames)} frames at {fps:g} fps, but {factor} make one code")
+        return Clip(tuple(fit(frame, height, width) for frame in whole), fps)
 
     def _encode_clip(self, clip: Clip) -> Video:
         pixels = clip_to_pixels(clip)[None].to(self.vision.device)
@@ -336,6 +366,22 @@ class Emulus:
         return self.vision.decode(codes.to(self.vision.device)).float().cpu().clone()
 
     # Requests.
+
+    def _drawing(self, prompt: str, negative: str, height: int | None, width: int | None) -> Prompt:
+        _check_prompt(prompt)
+        h, w = self._cells(height, width)
+        asked, away = (templates.draw(self.grammar, text, h, w) for text in (prompt, negative))
+        return dataclasses.replace(asked, null_ids=away.ids)
+
+    def _animation(
+        self, prompt: str, negative: str, height: int | None, width: int | None, frames: int | None, fps: float | None
+    ) -> Prompt:
+        _check_prompt(prompt)
+        h, w = self._cells(height, width)
+        t = self._code_frames(self.defaults.num_frames if frames is None else frames)
+        rate = self.defaults.fps if fps is None else fps
+        asked, away = (templates.animate(self.grammar, text, t, h, w, rate) for text in (prompt, negative))
+        return dataclasses.replace(asked, null_ids=away.ids)
 
     def _request(self, prompt: Prompt, seed: int, **sampling: Any) -> Request:
         defaults = {name: getattr(self.defaults, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
@@ -364,7 +410,10 @@ class Emulus:
 
     def _cells(self, height: int | None, width: int | None) -> tuple[int, int]:
         factor = self.vision.config.spatial_factor
-        sides = {"height": height or self.defaults.height, "width": width or self.defaults.width}
+        sides = {
+            "height": self.defaults.height if height is None else height,
+            "width": self.defaults.width if width is None else width,
+        }
         for name, side in sides.items():
             if side < factor or side % factor:
                 near = max(round(side / factor), 1) * factor
@@ -388,8 +437,3 @@ def _present(part: Any, name: str) -> Any:
 def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise EmulusError("the prompt is empty: say what to draw, animate or answer")
-
-
-def _with_negative(prompt: Prompt, negative: Prompt) -> Prompt:
-    """The same prompt, led away from another one."""
-    return dataclasses.replace(prompt, null_ids=negative.ids)

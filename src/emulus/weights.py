@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError
 from emulus.files import disk_errors, read_json, write_file
 
 CONFIG = "config.json"
@@ -48,9 +49,13 @@ def find_model(path: Path) -> Path:
     Raises:
         EmulusError: There is none.
     """
+    if path.is_file():
+        raise EmulusError(f"{path} is a file; give the folder of a model")
     if not path.is_dir():
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise EmulusError(f"there is no folder {path}{did_you_mean(path.name, siblings) if siblings else ''}")
+        folders = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, folders, n=1)
+        hint = f"; did you mean {path.parent / close[0]}?" if close else "; train a model, or say where one is"
+        raise EmulusError(f"there is no folder {path}{hint}")
     if (path / "config.json").exists():
         return path
     steps = sorted(path.glob("checkpoints/step-*/COMPLETE"))

@@ -13,6 +13,7 @@ import tyro
 from emulus.commands.generate import MODEL
 from emulus.data.source import open_source
 from emulus.data.tokens import tokenize
+from emulus.errors import EmulusError
 from emulus.evaluate import EvaluateConfig, GalleryCounts, Section, evaluate, galleries, held_out_examples
 from emulus.evaluate.evaluate import REPORT_FILE
 from emulus.log import logger
@@ -20,6 +21,7 @@ from emulus.pipeline import load
 from emulus.recipes.demo import demo_tiny
 from emulus.recipes.emoji import DATA
 from emulus.train.config import TrainConfig
+from emulus.train.loop import Interrupted
 from emulus.train.pretrain import pretrain
 from emulus.train.tokenizer import train_tokenizer
 
@@ -69,7 +71,10 @@ def demo(arguments: Sequence[str]) -> None:
     runs: tuple[Path, ...] = ()
     more: tuple[Section, ...] = ()
     if options.steps_share > 0:
-        runs, more = _train_tiny(options)
+        try:
+            runs, more = _train_tiny(options)
+        except Interrupted:
+            raise EmulusError("the demo was stopped; it starts over when it is run again") from None
     logger.info(f"measuring and showing {options.model}")
     evaluate(dataclasses.replace(show, runs=(options.model / "vision", *runs)), more=more)
     print(f"the report: {(options.out / REPORT_FILE).resolve()}")
@@ -79,6 +84,8 @@ def _train_tiny(options: DemoOptions) -> tuple[tuple[Path, ...], tuple[Section, 
     """Train the tiny recipe from nothing; its runs, and what the result draws."""
     folder = options.out / "tiny"
     # From nothing each time: an earlier demo's model would make this one's curves a lie.
+    if folder.exists() and not (folder / "tokenizer").is_dir():
+        raise EmulusError(f"{folder} is there already and not an earlier demo's; choose another --out")
     shutil.rmtree(folder, ignore_errors=True)
     recipe = demo_tiny(data=options.data, runs=folder)
     logger.info("training a tiny vision tokenizer from nothing")

@@ -18,7 +18,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     as_json = "--json" in arguments
     words = [word for word in arguments if word != "--json"]
     model = Path(words.pop(0)) if words and not words[0].startswith("-") else MODEL
-    default = EvaluateConfig(model=model, data=DATA, out=Path("runs/evaluation"))
+    default = EvaluateConfig(model=model, data=DATA, out=Path("runs/evaluation") / "-".join(model.parts[-2:]))
     config = from_flags(default, words, program="emulus evaluate [MODEL] [--json]")
     figures = run_evaluate(config)
     print(json.dumps(figures, indent=1) if as_json else config.out / REPORT_FILE)

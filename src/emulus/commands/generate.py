@@ -12,7 +12,7 @@ import tyro
 
 import emulus
 from emulus.errors import EmulusError
-from emulus.media import write_image, write_video
+from emulus.media import check_writable, write_image, write_video
 
 Options = TypeVar("Options")
 MODEL = Path("checkpoints/emoji")
@@ -112,15 +112,20 @@ class ContinueOptions:
 def generate(arguments: Sequence[str]) -> None:
     """``emulus generate "a red apple" [--out apple.png]``."""
     options = _parse(GenerateOptions, arguments, "emulus generate")
+    out = options.out or Path("generated.webp" if options.video else "generated.png")
+    # A name that cannot be written is better found before the drawing than after it.
+    check_writable(out, clip=options.video)
+    if options.video and options.num_images != 1:
+        raise EmulusError("--num-images is for pictures; run the command again with another --seed for another clip")
+    if not options.video and (options.num_frames is not None or options.fps is not None):
+        raise EmulusError("--num-frames and --fps are for clips: add --video")
     model = emulus.load(options.model, device=options.device)
     common = _values(options, ("negative_prompt", "height", "width", "seed", *SAMPLING))
     if options.video:
         clip = model.generate_video(options.prompt, **common, **_values(options, ("num_frames", "fps")))
-        out = options.out or Path("generated.webp")
         write_video(clip, out)
         print(out)
         return
-    out = options.out or Path("generated.png")
     pictures = model.generate_images([options.prompt], num_images_per_prompt=options.num_images, **common)
     for number, picture in enumerate(pictures):
         path = out if number == 0 else out.with_stem(f"{out.stem}-{number + 1}")
@@ -142,6 +147,7 @@ def describe(arguments: Sequence[str]) -> None:
 def continue_(arguments: Sequence[str]) -> None:
     """``emulus continue clip.webp [--out longer.webp]``."""
     options = _parse(ContinueOptions, arguments, "emulus continue")
+    check_writable(options.out, clip=True)
     model = emulus.load(options.model, device=options.device)
     names = ("prompt", "num_frames", "seed", "guidance_scale", "temperature", "top_k")
     write_video(model.continue_video(options.file, **_values(options, names)), options.out)

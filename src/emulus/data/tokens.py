@@ -7,7 +7,6 @@ codes and captions, ``tokenizer.json`` (text), ``vocabulary.json``, ``vision/`` 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from emulus.config import to_dict
 from emulus.data.media_dataset import decode_item, shifted, to_pixels, whole_codes
 from emulus.data.source import SPLITS, Item, open_source
 from emulus.device import pick_device
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, at_least, did_you_mean
 from emulus.files import read_json, write_file, write_json
 from emulus.log import logger, progress
 from emulus.sequence import Image, Video
@@ -61,6 +61,7 @@ class TokenizeConfig:
         views: Versions of each training item: the first as it is, the others shifted by up to ``shift`` pixels.
         shift: See ``views``.
         text_size: Size of the byte-level vocabulary trained on the training captions.
+        splits: Which splits to encode.
         batch: Pictures encoded at a time.
         device: ``auto``, ``cpu``, ``cuda`` ...
         seed: Of the shifts.
@@ -75,9 +76,17 @@ class TokenizeConfig:
     views: int = 4
     shift: int = 4
     text_size: int = 2048
+    splits: tuple[str, ...] = SPLITS
     batch: int = 32
     device: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, size=self.size, views=self.views, batch=self.batch)
+        at_least(0, fps=self.fps, max_frames=self.max_frames, shift=self.shift, seed=self.seed)
+        for split in self.splits:
+            if split not in SPLITS:
+                raise EmulusError(f"there is no split {split!r}{did_you_mean(split, SPLITS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +123,7 @@ def tokenize(config: TokenizeConfig) -> Path:
     save_vision_tokenizer(vision, config.out / "vision")
     _make_vocabulary(config, source, vision.config.codebook_size)
     counts: Counter[str] = Counter()
-    for split in SPLITS:
+    for split in config.splits:
         items = [item for item in source if item.split == split]
         views = config.views if split == "train" else 1
         for number, start in enumerate(range(0, len(items), SHARD_ITEMS)):
@@ -132,18 +141,21 @@ def tokenize(config: TokenizeConfig) -> Path:
 
 def _settings(config: TokenizeConfig, source: Sequence[Item], vision: VisionTokenizer) -> dict[str, Any]:
     """What the codes depend on: the flags, the words and names of the data, and the vision tokenizer's weights."""
-    values = {
-        key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
-    }
+    values = to_dict(config)
     for key in ("vision", "out", "batch", "device"):
         del values[key]
-    digest = hashlib.sha256()
-    for _, tensor in sorted(vision.state_dict().items()):
-        digest.update(tensor.cpu().numpy().tobytes())
     words = hashlib.sha256()
     for item in source:
         words.update(repr((item.id, item.split, item.kind, item.fps, item.captions)).encode())
-    return {**values, "data_sha256": words.hexdigest(), "vision_sha256": digest.hexdigest()}
+    return {**values, "data_sha256": words.hexdigest(), "vision_sha256": vision_digest(vision)}
+
+
+def vision_digest(vision: VisionTokenizer) -> str:
+    """SHA-256 of a vision tokenizer's weights: codes of different ones mean different things."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(vision.state_dict().items()):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> bool:

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from emulus.data.source import Source, even, open_source
-from emulus.data.tokens import TokenizeConfig, TokenizedItem, Tokens, tokenize
-from emulus.errors import EmulusError
+from emulus.data.tokens import TokenizeConfig, TokenizedItem, Tokens, tokenize, vision_digest
+from emulus.errors import EmulusError, at_least
 from emulus.evaluate.choice import Choice, choose, make_groups
 from emulus.evaluate.curves import curves_of
 from emulus.evaluate.galleries import GalleryCounts, galleries
@@ -75,11 +73,9 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "clips", "documents", "training_items", "choice_groups"):
-            if getattr(self, name) < 0:
-                raise EmulusError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.choice_size < 2:
-            raise EmulusError(f"choice_size must be at least 2, got {self.choice_size}")
+        at_least(0, pictures=self.pictures, clips=self.clips, documents=self.documents, seed=self.seed)
+        at_least(0, training_items=self.training_items, choice_groups=self.choice_groups)
+        at_least(2, choice_size=self.choice_size)
 
 
 def evaluate(config: EvaluateConfig, *, more: Sequence[Section] = ()) -> dict[str, Any]:
@@ -183,7 +179,8 @@ def training_items(model: Emulus, source: Source, config: EvaluateConfig) -> lis
             TokenizeConfig(
                 data=config.data,
                 vision=find_model(config.model) / "vision",
-                out=config.out / "tokens",
+                out=config.out / f"tokens-{vision_digest(model.vision)[:12]}",
+                splits=("train",),
                 size=model.defaults.height,
                 fps=model.defaults.fps,
                 max_frames=model.defaults.num_frames,
@@ -193,8 +190,7 @@ def training_items(model: Emulus, source: Source, config: EvaluateConfig) -> lis
             )
         )
     tokens = Tokens.open(folder)
-    theirs, ours = load_vision_tokenizer(folder / "vision").state_dict(), model.vision.state_dict()
-    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[name], ours[name].cpu()) for name in ours):
+    if vision_digest(load_vision_tokenizer(folder / "vision")) != vision_digest(model.vision):
         raise EmulusError(
             f"{folder} was made by another vision tokenizer than {config.model}'s: give the right --tokens"
         )

@@ -6,12 +6,23 @@ Pixels are float32 ``(..., 3, height, width)`` in [-1, 1]; a clip's are ``(frame
 from emulus.media.image import image_to_pixels, pixels_to_image, read_image, write_image
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import fit, generation_size, resize, smart_resize
-from emulus.media.video import Clip, clip_to_pixels, is_video, pixels_to_clip, read_video, resample, write_video
+from emulus.media.video import (
+    Clip,
+    check_writable,
+    clip_to_pixels,
+    is_video,
+    pixels_to_clip,
+    read_media,
+    read_video,
+    resample,
+    write_video,
+)
 
 __all__ = [
     "LIMITS",
     "Clip",
     "Limits",
+    "check_writable",
     "clip_to_pixels",
     "fit",
     "generation_size",
@@ -20,6 +31,7 @@ __all__ = [
     "pixels_to_clip",
     "pixels_to_image",
     "read_image",
+    "read_media",
     "read_video",
     "resample",
     "resize",

@@ -24,12 +24,14 @@ from torch import Tensor
 from emulus.errors import EmulusError
 from emulus.media.image import (
     WHITE,
+    WRITABLE,
     Colour,
     as_rgb,
     by_suffix,
     bytes_to_pixels,
     open_picture,
     pixels_to_bytes,
+    read_image,
     to_rgb,
     write_content,
 )
@@ -127,6 +129,28 @@ def is_video(source: Source) -> bool:
             return False
 
 
+def read_media(
+    source: Source,
+    *,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    background: Colour = WHITE,
+    limits: Limits = LIMITS,
+) -> Image.Image | Clip:
+    """Read whichever it is: a picture as RGB, or a clip. Arguments as for :func:`read_video`.
+
+    Raises:
+        EmulusError: It is neither, or is damaged or too large.
+    """
+    name = name_of(source)
+    with opened(source) as file:
+        picture = open_picture(file, name)
+        still = picture is not None and not (picture.format in ANIMATED and getattr(picture, "is_animated", False))
+    if still:
+        return read_image(source, background=background, limits=limits)
+    return read_video(source, fps=fps, max_frames=max_frames, background=background, limits=limits)
+
+
 def read_video(
     source: Source,
     *,
@@ -206,6 +230,16 @@ def resample(clip: Clip, fps: float) -> Clip:
     # The slack keeps rounding from showing the frame before.
     places = (min(int(place * clip.fps / fps + 1e-6), len(clip.frames) - 1) for place in range(count))
     return Clip(tuple(clip.frames[place] for place in places), fps)
+
+
+def check_writable(path: str | Path, *, clip: bool) -> None:
+    """Find out by its suffix whether a picture (or a clip) can be written to a path.
+
+    Raises:
+        EmulusError: The suffix is not known, or is of the other kind.
+    """
+    known: dict[str, object] = {**(WRITERS if clip else WRITABLE)}
+    by_suffix(Path(path), known)
 
 
 def clip_to_pixels(clip: Clip) -> Float[Tensor, "frames 3 height width"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,12 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        positive = {"steps": self.steps, "learning_rate": self.learning_rate}
-        positive |= {"log_every": self.log_every, "save_every": self.save_every, "keep": self.keep}
-        for name, value in positive.items():
-            if not value > 0:
-                raise EmulusError(f"train.{name} must be positive, got {value}")
+        at_least(1, steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep)
+        at_least(0, warmup_steps=self.warmup_steps, evaluate_every=self.evaluate_every, seed=self.seed)
+        at_least(0, weight_decay=self.weight_decay, epsilon=self.epsilon, clip_norm=self.clip_norm)
+        at_least(0, final_learning_rate=self.final_learning_rate, decay_share=self.decay_share)
+        if not 0 < self.learning_rate < float("inf"):
+            raise EmulusError(f"learning_rate must be positive, got {self.learning_rate}")
         for name, share in {"ema_decay": self.ema_decay, "beta1": self.beta1, "beta2": self.beta2}.items():
             if not 0 <= share < 1:
-                raise EmulusError(f"train.{name} must be in [0, 1), got {share}")
+                raise EmulusError(f"{name} must be in [0, 1), got {share}")

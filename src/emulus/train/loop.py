@@ -35,8 +35,8 @@ class Interrupted(EmulusError):
 def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Path:
     """Train until ``config.steps``, going on from the newest whole checkpoint under ``run`` if there is one.
 
-    Every batch and every random draw is a function of the seed and the step, so a resumed run computes the same bits
-    as one that was never stopped.
+    Every batch and every random draw is a function of the seed and the step, so on the CPU a resumed run computes the
+    same bits as one that was never stopped.
 
     Args:
         config: Settings of the loop.
@@ -60,7 +60,7 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
     logger.info(
         f"{'going on at step ' + str(start) if start else 'starting'}: {objective.describe()}, on {loop.device}"
     )
-    line = StepLine(config.steps, objective.unit)
+    line = StepLine(config.steps, objective.unit, loop.device)
     with _interrupts() as interrupts:
         for step in range(start, config.steps):
             figures, items = loop.step(step)

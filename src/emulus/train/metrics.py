@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emulus.errors import EmulusError
 from emulus.files import disk_errors, write_text
 from emulus.log import logger
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,7 +29,7 @@ class MetricsLog:
         self.path = run / METRICS_FILE
         kept = [line for line in read_metrics(run) if line["step"] <= resumed_at]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._board = _tensorboard(run) if tensorboard else None
+        self._board = _tensorboard(run, resumed_at) if tensorboard else None
 
     def write(self, step: int, kind: str, figures: dict[str, float]) -> None:
         """Append one line: the step (from 1), ``train`` or ``evaluation``, and the figures."""
@@ -44,21 +52,21 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _tensorboard(run: Path) -> Any:
+def _tensorboard(run: Path, resumed_at: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise EmulusError(
             "tensorboard is not installed: pip install 'emulus[tensorboard]', or drop --train.tensorboard"
         ) from None
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1)
 
 
 class StepLine:
     """Prints the step line, with the speed since the last one and the time left."""
 
-    def __init__(self, steps: int, unit: str) -> None:
-        self.steps, self.unit = steps, unit
+    def __init__(self, steps: int, unit: str, device: torch.device) -> None:
+        self.steps, self.unit, self.device = steps, unit, device
         self._since, self._items, self._count = time.monotonic(), 0, 0
 
     def step(self, items: int) -> None:
@@ -73,7 +81,7 @@ class StepLine:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         speed = f"{self._items / seconds:,.0f} {self.unit}/s"
         eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        logger.info(f"step {step}/{self.steps}  {shown}  {speed}  {_memory()}  ETA {eta}")
+        logger.info(f"step {step}/{self.steps}  {shown}  {speed}  {_memory(self.device)}  ETA {eta}")
         self.restart()
 
     def restart(self) -> None:
@@ -81,12 +89,12 @@ class StepLine:
         self._since, self._items, self._count = time.monotonic(), 0, 0
 
 
-def _memory() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    import resource
-
-    # Kilobytes on Linux.
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+def _memory(device: torch.device) -> str:
+    """The most memory used so far: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    if resource is None:
+        return ""
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"

@@ -17,7 +17,7 @@ from emulus.bundle import Bundle, GenerationDefaults, save_bundle
 from emulus.data.source import even
 from emulus.data.tokens import SETTINGS, Tokens
 from emulus.device import pick_device
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, at_least
 from emulus.model import Decoder, sized
 from emulus.sequence import Batch, Document, Grammar, MediaSize, caption_first, caption_last, collate, modalities, pack
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
@@ -64,6 +64,9 @@ class PretrainConfig:
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self) -> None:
+        at_least(1, context=self.context, documents_per_step=self.documents_per_step)
+        at_least(1, evaluation_documents=self.evaluation_documents)
+        at_least(0, visual_weight=self.visual_weight)
         if self.row_tokens < self.context:
             raise EmulusError(f"row_tokens ({self.row_tokens}) must be at least context ({self.context})")
         for name in ("caption_first", "null_caption"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from emulus.data.media_dataset import MediaDataset, shifted, to_pixels, whole_codes
 from emulus.data.source import Kind, Split, open_source
 from emulus.device import pick_device
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, at_least
 from emulus.media import pixels_to_image
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.codebook import CodebookConfig, CodebookTrainer
@@ -65,6 +65,9 @@ class TokenizerTrainConfig:
     evaluation_items: int = 256
 
     def __post_init__(self) -> None:
+        at_least(1, size=self.size, clip_frames=self.clip_frames, evaluation_items=self.evaluation_items)
+        at_least(0, pictures_per_batch=self.pictures_per_batch, clips_per_batch=self.clips_per_batch)
+        at_least(0, fps=self.fps, shift=self.shift)
         if self.size % self.model.spatial_factor:
             raise EmulusError(f"size must be a multiple of {self.model.spatial_factor}, got {self.size}")
         if self.clip_frames % self.model.temporal_factor:
