@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from emulus.cli import VERBS, main
-from emulus.media import read_video
+from emulus.media import Clip, read_video, write_video
 from emulus.pipeline import Emulus
 
 
@@ -46,6 +46,12 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["data", "emojy"], "did you mean 'emoji'"),
         (["info", "nowhere/at/all"], "no folder nowhere/at/all"),
         (["generate"], "needs a prompt"),
+        (["info", __file__], "is a file"),
+        (["pretrain", "demo-tiny", "--config", "."], "cannot be read"),
+        (["pretrain", "demo-tiny", "--train.steps", "0"], "steps must be at least 1"),
+        (["tokenize", "demo-tiny", "--views", "0"], "views must be at least 1"),
+        (["pretrain", "demo-tiny", "--tokens", "nowhere"], "holds no tokens"),
+        (["tokenize", "demo-tiny", "--vision", "nowhere"], "no folder nowhere"),
     ],
 )
 def test_user_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +88,10 @@ def test_draw_describe_animate_continue(model: Path, tmp_path: Path, capsys: pyt
         (["generate", "a cat", "--out", "cat.xyz"], "xyz"),
         (["describe", "nowhere.png"], "nowhere.png"),
         (["continue", "nowhere.webp"], "nowhere.webp"),
+        (["generate", "a cat", "--num-images", "0"], "num_images_per_prompt must be at least 1"),
+        (["generate", "a cat", "--height", "0"], "height must be a multiple"),
+        (["generate", "a cat", "--fps", "3"], "add --video"),
+        (["generate", "a cat", "--video", "--out", "cat.png"], "cat.png"),
     ],
 )
 def test_bad_requests(model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +99,24 @@ def test_bad_requests(model: Path, arguments: list[str], message: str, capsys: p
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def test_a_broken_film_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = tmp_path / "film.mp4"
+    write_video(Clip(tuple(Image.new("RGB", (16, 16), (i * 30, 0, 0)) for i in range(8)), 8.0), film)
+    film.write_bytes(film.read_bytes()[:200])
+    for verb in ("continue", "describe"):
+        assert main([verb, str(film), "--model", str(model)]) == 1
+        error = capsys.readouterr().err
+        assert "film.mp4" in error
+        assert "picture" not in error
+
+
+def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "cat.png"
+    assert main(["generate", "a cat", "--model", str(model), "--out", str(out)]) == 1
+    assert "could not write" in capsys.readouterr().err
 
 
 def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

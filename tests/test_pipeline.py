@@ -49,6 +49,20 @@ def test_streaming_ends_with_the_same_picture(tiny: Emulus) -> None:
     assert shown[-1].tobytes() == tiny.generate_image("a red apple", seed=1).tobytes()
 
 
+def test_streaming_a_clip(tiny: Emulus) -> None:
+    shown = list(tiny.stream_video("a bird", num_frames=12, seed=1))
+    assert [len(clip.frames) for clip in shown] == [4, 8, 12]
+    whole = tiny.generate_video("a bird", num_frames=12, seed=1)
+    assert [a.tobytes() for a in shown[-1].frames] == [b.tobytes() for b in whole.frames]
+    assert [a.tobytes() for a in shown[0].frames] == [b.tobytes() for b in whole.frames[:4]]
+
+
+def test_clips_are_brought_to_the_models_rate(tiny: Emulus) -> None:
+    frames = tuple(picture((number * 10, 0, 0)) for number in range(24))
+    codes = tiny.encode(Clip(frames, 24.0))
+    assert codes == tiny.encode(Clip(frames[::3], 8.0))
+
+
 def test_continuing_keeps_the_start(tiny: Emulus) -> None:
     """Longer than the model's own eight frames, so in more than one pass."""
     start = tiny.generate_video("a bird", num_frames=4, seed=4)

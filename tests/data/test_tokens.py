@@ -94,6 +94,28 @@ def test_an_item_that_cannot_be_read_is_left_out(
     assert len(dataset.bad) == 1
 
 
+def test_the_tables_frame_rate_wins(shapes: Path) -> None:
+    item = open_source(shapes).select(kind="video")[0]
+    frames, fps = decode_item(item, size=16)
+    assert (len(frames), fps) == (8, 8.0)
+    slow = dataclasses.replace(item, fps=2.0)
+    assert [len(decode_item(slow, size=16, fps=rate)[0]) for rate in (None, 2.0, 1.0, 4.0)] == [8, 8, 4, 16]
+    assert decode_item(slow, size=16)[1] == 2.0
+
+
+def test_changed_words_are_other_settings(config: TokenizeConfig, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in config.data.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    mine = dataclasses.replace(config, data=data, out=tmp_path / "out")
+    tokenize(mine)
+    table = data / "captions.jsonl"
+    table.write_text(table.read_text().replace("a red square", "a crimson square"))
+    with pytest.raises(EmulusError, match="other settings"):
+        tokenize(mine)
+
+
 def test_shifting() -> None:
     import numpy as np
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import emulus
+from emulus.config import write_yaml
 from emulus.data.tokens import TokenizeConfig, tokenize
 from emulus.errors import EmulusError
 from emulus.pipeline import Emulus
@@ -92,6 +98,58 @@ def test_resumed_equals_uninterrupted(
     assert len(whole) == 6
     # The last step of a flat schedule's shorter run is the only one whose rate could differ; it does not.
     assert whole == parts
+
+
+@pytest.mark.parametrize("stage", ["tokenizer-train", "pretrain"])
+def test_killed_and_restarted_equals_uninterrupted(
+    stage: str, vision_config: TokenizerTrainConfig, decoder_config: PretrainConfig, tmp_path: Path
+) -> None:
+    """Kill -9 the real command in mid-run and run it again: the same losses to the bit."""
+    base = vision_config if stage == "tokenizer-train" else decoder_config
+    loop = dataclasses.replace(QUICK, steps=14, save_every=2, evaluate_every=0)
+
+    def run(out: Path, *, kill_after: int | None = None) -> None:
+        config = dataclasses.replace(base, out=out, train=loop)  # type: ignore[type-var]
+        write_yaml(tmp_path / "config.yaml", config)
+        command = [sys.executable, "-m", "emulus", stage, "demo-tiny", "--config", str(tmp_path / "config.yaml")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while kill_after is not None and len(figures(out, "train", "loss")) < kill_after:
+            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+            time.sleep(0.005)
+        if kill_after is not None:
+            process.kill()
+        process.communicate()
+        assert process.returncode == (-signal.SIGKILL if kill_after else 0)
+
+    run(tmp_path / "whole")
+    run(tmp_path / "killed", kill_after=5)
+    run(tmp_path / "killed")
+    whole, killed = (figures(tmp_path / name, "train", "loss") for name in ("whole", "killed"))
+    assert len(whole) == 14
+    assert whole == killed
+
+
+def test_other_data_is_not_gone_on_with(vision_config: TokenizerTrainConfig, shapes: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(vision_config, out=tmp_path / "run", train=dataclasses.replace(QUICK, steps=2))
+    train_tokenizer(config)
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = (shapes / "captions.jsonl").read_text().splitlines()[:-20]
+    for path in shapes.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "captions.jsonl").write_text("\n".join(rows[2:]))
+    with pytest.raises(EmulusError, match="trained on other data"):
+        train_tokenizer(dataclasses.replace(config, data=other))
+
+
+def test_a_changed_setting_is_told(
+    vision_config: TokenizerTrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(vision_config, out=tmp_path / "run", train=dataclasses.replace(QUICK, steps=2))
+    train_tokenizer(config)
+    logging.getLogger("emulus").propagate = True
+    train_tokenizer(dataclasses.replace(config, flip=False, train=dataclasses.replace(QUICK, steps=3)))
+    assert "flip was True in this run so far and is False from here on" in caplog.text
 
 
 def test_a_decoder_learns(decoder_config: PretrainConfig) -> None:
