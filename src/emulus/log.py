@@ -14,12 +14,12 @@ T = TypeVar("T")
 logger = logging.getLogger("emulus")
 
 
-def set_up_logging(*, verbose: bool = False) -> None:
+def set_up_logging() -> None:
     """Send the package's messages to stderr, one plain line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 

@@ -152,7 +152,7 @@ def split_of_key(key: str) -> Split:
     return "validation" if place < 0.95 else "test"
 
 
-def open_source(path: Path | str, *, splits: Collection[str] | None = None) -> Source:
+def open_source(path: Path | str) -> Source:
     """Open a data set. Words are read and every row is checked now; media are read item by item later.
 
     Args:
@@ -162,7 +162,6 @@ def open_source(path: Path | str, *, splits: Collection[str] | None = None) -> S
             (:data:`CAPTION_COLUMNS`: text or a list of texts). It may have ``id``, ``split``, ``kind`` and
             ``fps``. Rows that name the same file are one item with several captions. Without a split column,
             the split comes from the id by :func:`split_of_key`.
-        splits: Keep only these.
 
     Returns:
         The items.
@@ -171,7 +170,6 @@ def open_source(path: Path | str, *, splits: Collection[str] | None = None) -> S
         EmulusError: Something is missing, damaged or not as described; one line names the file and the row.
     """
     path = Path(path)
-    chosen = None if splits is None else {_split(split, f"splits={sorted(splits)}") for split in splits}
     items: dict[str, Item] = {}
     for table in _tables(path):
         for item in _read_table(table):
@@ -187,7 +185,7 @@ def open_source(path: Path | str, *, splits: Collection[str] | None = None) -> S
                 )
     if not items:
         raise EmulusError(f"{path} has no rows; add some")
-    return Source(path, [item for item in items.values() if chosen is None or item.split in chosen])
+    return Source(path, list(items.values()))
 
 
 def _tables(path: Path) -> list[Path]:

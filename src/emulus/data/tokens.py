@@ -119,6 +119,7 @@ def tokenize(config: TokenizeConfig) -> Path:
     if _finished(config.out, settings):
         logger.info(f"{config.out} is complete")
         return config.out
+    logger.info(f"encoding {config.data}: {source.counts()}")
     write_json(config.out / "making.json", settings)
     save_vision_tokenizer(vision, config.out / "vision")
     _make_vocabulary(config, source, vision.config.codebook_size)

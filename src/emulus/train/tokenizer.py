@@ -150,15 +150,16 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         parts = [pixels for pixels in (batch.pictures, batch.clips) if pixels is not None]
         frames = [pixels[..., 0, 0, 0].numel() for pixels in parts]
         total = torch.zeros((), device=self.device)
-        shown: dict[str, tuple[Tensor, float]] = {}
+        figures: dict[str, tuple[Tensor, float]] = {}
         for pixels, count in zip(parts, frames, strict=True):
-            loss, quality = self._reconstruct(pixels)
+            kind = "picture" if pixels.ndim == 4 else "clip"
+            loss, terms = self._reconstruct(pixels)
             total = total + loss * (count / sum(frames))
-            shown["picture_psnr" if pixels.ndim == 4 else "clip_psnr"] = (quality, 1.0)
-        return StepLoss(total=total, figures=shown, items=sum(frames))
+            figures |= {f"{kind}_{name}": (value, 1.0) for name, value in terms.items()}
+        return StepLoss(total=total, figures=figures, items=sum(frames))
 
-    def _reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of pictures or clips, and their PSNR over all pixels together."""
+    def _reconstruct(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of pictures or clips; its terms, and the PSNR over all pixels together."""
         latents = self.model.latents(pixels)
         flat = latents.movedim(1, -1).flatten(0, -2)
         self.codebook.start(flat.detach())
@@ -167,9 +168,11 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         self._seen.append((flat.detach(), codes.flatten()))
         # Straight through: the decoder sees the codebook vectors, the encoder gets their gradient.
         painted = self.model.paint(latents + (vectors - latents).detach(), is_image=pixels.ndim == 4)
-        loss, _ = reconstruction_loss(painted, pixels, self.config.reconstruction)
+        loss, terms = reconstruction_loss(painted, pixels, self.config.reconstruction)
+        commitment = self.codebook.commitment(latents, vectors)
         error = (painted.detach().float() - pixels).square().mean()
-        return loss + self.codebook.commitment(latents, vectors), 10 * torch.log10(4 / error)
+        terms |= {"commitment": commitment.detach(), "psnr": 10 * torch.log10(4 / error)}
+        return loss + commitment, terms
 
     def after_step(self, step: int, steps: int) -> dict[str, float]:
         """Move the codebook."""
