@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -161,6 +162,8 @@ def test_a_decoder_learns(decoder_config: PretrainConfig) -> None:
         < figures(decoder_config.out, "evaluation", "visual_bits")[0]
     )
     assert model.generate_image("a red square").size == (16, 16)
+    # Four held-out pictures above four drawn ones.
+    assert PIL.Image.open(decoder_config.out / "evaluations/drawn-00000006.png").size == (4 * 16, 2 * 16)
 
 
 def test_every_item_once_an_epoch_in_both_orders(decoder_config: PretrainConfig) -> None:

@@ -8,18 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from emulus.bundle import Bundle, GenerationDefaults, save_bundle
+from emulus.bundle import Bundle, GenerationDefaults
 from emulus.data.source import even
 from emulus.data.tokens import SETTINGS, Tokens
 from emulus.device import pick_device
 from emulus.errors import EmulusError, at_least
 from emulus.model import Decoder, sized
-from emulus.sequence import Batch, Document, Grammar, MediaSize, caption_first, caption_last, collate, modalities, pack
+from emulus.pipeline import Emulus
+from emulus.sequence import (
+    Batch,
+    Document,
+    Grammar,
+    Image,
+    MediaSize,
+    caption_first,
+    caption_last,
+    collate,
+    modalities,
+    pack,
+)
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 from emulus.train.config import TrainConfig
@@ -46,6 +59,7 @@ class PretrainConfig:
         null_caption: Share of caption-first documents without a caption, from which guidance learns.
         visual_weight: Weight of visual ids in the loss; all others weigh 1 (0.5 in the paper).
         evaluation_documents: Held-out documents measured at each evaluation, half of each order.
+        evaluation_pictures: Held-out captions drawn at each evaluation, on a sheet of true pictures above drawn ones.
         defaults: Generation settings saved with the model.
     """
 
@@ -60,13 +74,14 @@ class PretrainConfig:
     null_caption: float = 0.1
     visual_weight: float = 0.5
     evaluation_documents: int = 64
+    evaluation_pictures: int = 8
     train: TrainConfig = field(default_factory=TrainConfig)
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self) -> None:
         at_least(1, context=self.context, documents_per_step=self.documents_per_step)
         at_least(1, evaluation_documents=self.evaluation_documents)
-        at_least(0, visual_weight=self.visual_weight)
+        at_least(0, visual_weight=self.visual_weight, evaluation_pictures=self.evaluation_pictures)
         if self.row_tokens < self.context:
             raise EmulusError(f"row_tokens ({self.row_tokens}) must be at least context ({self.context})")
         for name in ("caption_first", "null_caption"):
@@ -106,6 +121,7 @@ class PretrainObjective(Objective[Row, Decoder]):
             pad_token_id=vocabulary.pad,
         )
         self.model = Decoder(shape).to(self.device)
+        self.vision = load_vision_tokenizer(config.tokens / "vision", self.device)
         self.held_out = self._held_out_rows()
 
     def fingerprint(self) -> str:
@@ -183,7 +199,7 @@ class PretrainObjective(Objective[Row, Decoder]):
         return StepLoss(total=total, figures=figures, items=losses.numel())
 
     def evaluate(self, model: Decoder) -> Evaluation:
-        """Bits per visual and per text id of held-out documents."""
+        """Bits per visual and per text id of held-out documents, and a sheet of drawn pictures."""
         sums: dict[str, list[float]] = {}
         for batch in self.held_out:
             for name, (total, count) in split_by_modality(
@@ -192,18 +208,39 @@ class PretrainObjective(Objective[Row, Decoder]):
                 sums.setdefault(name, [0.0, 0.0])
                 sums[name][0] += float(total)
                 sums[name][1] += count
-        return Evaluation(metrics={f"{name}_bits": total / count / np.log(2) for name, (total, count) in sums.items()})
+        bits = {f"{name}_bits": total / count / np.log(2) for name, (total, count) in sums.items()}
+        return Evaluation(metrics=bits, pictures=self._drawings(model))
 
     def save_model(self, model: Decoder, folder: Path) -> None:
         """Write a whole model: decoder, vision tokenizer, text and defaults."""
+        self._whole(model).save(folder)
+
+    def _whole(self, model: Decoder) -> Emulus:
         bundle = Bundle(
             decoder=model,
-            vision=load_vision_tokenizer(self.config.tokens / "vision"),
+            vision=self.vision,
             text=self.tokens.text,
             vocabulary=self.tokens.vocabulary,
             defaults=self.config.defaults,
         )
-        save_bundle(bundle, folder)
+        return Emulus(bundle)
+
+    def _drawings(self, model: Decoder) -> dict[str, PIL.Image.Image]:
+        """A sheet of held-out pictures above what the model draws for their captions."""
+        items = [item for item in self.tokens.items("validation") if isinstance(item.media, Image) and item.captions]
+        chosen = even(items, self.config.evaluation_pictures)
+        if not chosen:
+            return {}
+        whole = self._whole(model)
+        true = [whole.decode(item.media) for item in chosen]
+        drawn = whole.generate_images([item.captions[0] for item in chosen])
+        width, height = drawn[0].size
+        sheet = PIL.Image.new("RGB", (width * len(chosen), 2 * height))
+        for place, picture in enumerate([*true, *drawn]):
+            assert isinstance(picture, PIL.Image.Image), "clips were not chosen"
+            row, column = divmod(place, len(chosen))
+            sheet.paste(picture, (column * width, row * height))
+        return {"drawn": sheet}
 
 
 def token_losses(model: Decoder, batch: Batch) -> Float[Tensor, " tokens"]:
