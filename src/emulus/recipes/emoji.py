@@ -55,7 +55,7 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
             documents_per_step=16,
             row_tokens=16384,
             train=TrainConfig(
-                steps=2600,
+                steps=2300,
                 learning_rate=2e-3,
                 warmup_steps=100,
                 schedule="wsd",
