@@ -18,7 +18,7 @@ from emulus.train.tokenizer import TokenizerTrainConfig
 def demo_tiny(data: Path = DATA, runs: Path = Path("runs/demo-tiny")) -> Recipe:
     """The whole path at 32 pixels in about three minutes on two CPU cores.
 
-    Expected: held-out reconstructions around 16 dB, about 6 bits per visual id and falling; colours and blobs.
+    Expected: held-out reconstructions around 15.5 dB, about 6 bits per visual id and falling; colours and blobs.
 
     Commands: ``emulus demo`` runs it; or ``emulus tokenizer-train demo-tiny``, ``tokenize``, ``pretrain``.
     """
