@@ -19,7 +19,7 @@ DATA = Path("data/emoji")
 def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
     """Pictures in four styles and clips at 64 pixels: a 1 M tokenizer and a 6 M decoder.
 
-    Hardware: two CPU cores with bfloat16 instructions; about 75 minutes for the tokenizer, 4 to encode the data, 40 for
+    Hardware: two CPU cores with bfloat16 instructions; about 55 minutes for the tokenizer, 4 to encode the data, 40 for
     the decoder.
 
     Expected: held-out pictures at 22 dB with the whole codebook in use; 4.3 bits per held-out visual id (bigram 7.6).
@@ -27,7 +27,7 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
 
     Commands: ``emulus tokenizer-train emoji-64``, ``emulus tokenize emoji-64``, ``emulus pretrain emoji-64``.
     """
-    # At 64 pixels a factor of 8 leaves 64 codes to a picture, too few: after 280 equal steps it was 2 dB behind.
+    # At 64 pixels a factor of 8 leaves 64 codes to a picture, too few: after 240 equal steps it was 2 dB behind.
     vision = VisionTokenizerConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), codebook_size=1024)
     # A weaker pull than usual: at 0.25 two of the four latent dimensions, colour among them, were pressed flat.
     codebook = CodebookConfig(commitment=0.05)
