@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,25 @@ INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        file: A safetensors file.
+        name: The tensor's name in it.
+        shape: Its shape there.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+Tensors = dict[str, Stored]
+"""The name that our modules give a tensor, to where it is stored."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -64,40 +84,67 @@ def find_model(path: Path) -> Path:
     return steps[-1].parent / "model"
 
 
-def find_shards(folder: Path) -> dict[Path, Shapes]:
-    """The weight files of a model's folder and the shape of every tensor in each, from their headers alone.
+def find_tensors(folder: Path) -> Tensors:
+    """Every tensor of a model's folder and where it lies, from the files' headers alone.
 
     Raises:
-        EmulusError: There are none, one is missing or damaged, or there are only pickles.
+        EmulusError: There are none, a file is missing or damaged, the index is wrong, or there are only pickles.
     """
     if (folder / INDEX).exists():
-        names = _indexed(folder / INDEX)
-    elif (folder / WEIGHTS).exists():
-        names = [WEIGHTS]
-    else:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
+        weight_map = _indexed(folder / INDEX)
+        tensors = _headers(folder / name for name in sorted(set(weight_map.values())))
+        wrong = [
+            name for name in sorted({*weight_map, *tensors}) if _file_name(tensors.get(name)) != weight_map.get(name)
+        ]
+        if wrong:
             raise EmulusError(
-                f"{folder} holds {pickles[0]}, a pickle, which could run code and is not read; "
-                "convert it to safetensors first"
+                f"{folder / INDEX} is not the index of the files beside it: {_listing('misplaced', wrong)}; "
+                "restore it from its source"
             )
-        raise EmulusError(f"{folder} holds no {WEIGHTS}; is it a model's folder?")
-    return {folder / name: _header(folder / name) for name in names}
+        return tensors
+    if (folder / WEIGHTS).exists():
+        return _headers([folder / WEIGHTS])
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise EmulusError(
+            f"{folder} holds {pickles[0]}, a pickle, which could run code and is not read; "
+            "convert it to safetensors first"
+        )
+    raise EmulusError(f"{folder} holds no {WEIGHTS}; is it a model's folder?")
 
 
-def check_shapes(folder: Path, wanted: Shapes, shards: Mapping[Path, Shapes]) -> None:
+def rename(tensors: Tensors, new_name: Callable[[str], str | None]) -> Tensors:
+    """The same tensors under other names; those whose new name is ``None`` are left out.
+
+    Raises:
+        EmulusError: Two tensors would have one name.
+    """
+    renamed: Tensors = {}
+    for name, stored in tensors.items():
+        new = new_name(name)
+        if new in renamed:
+            raise EmulusError(
+                f"{stored.file.parent} holds {new} twice, as {renamed[new].name} and as {stored.name}; remove one"
+            )
+        if new is not None:
+            renamed[new] = stored
+    return renamed
+
+
+def check_shapes(folder: Path, wanted: Shapes, tensors: Tensors) -> None:
     """Compare what a config asks for with what the files hold.
 
     Raises:
         EmulusError: Lists what is missing, unexpected or of another shape.
     """
-    found = {name: shape for shapes in shards.values() for name, shape in shapes.items()}
     mis_shaped = [
-        f"{name} {found[name]} for {shape}" for name, shape in wanted.items() if name in found and found[name] != shape
+        f"{name} {tensors[name].shape} for {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and _squeezed(tensors[name].shape) != _squeezed(shape)
     ]
     differences = (
-        ("missing", [name for name in wanted if name not in found]),
-        ("unexpected", [name for name in found if name not in wanted]),
+        ("missing", [name for name in wanted if name not in tensors]),
+        ("unexpected", [name for name in tensors if name not in wanted]),
         ("mis-shaped", mis_shaped),
     )
     parts = [_listing(kind, names) for kind, names in differences if names]
@@ -106,58 +153,110 @@ def check_shapes(folder: Path, wanted: Shapes, shards: Mapping[Path, Shapes]) ->
 
 
 def fill(
-    model: nn.Module, shards: Mapping[Path, Shapes], *, dtype: torch.dtype | None, device: torch.device | str
+    model: nn.Module,
+    tensors: Tensors,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | Callable[[str], torch.device],
 ) -> None:
-    """Give a module on the meta device its tensors, one at a time.
+    """Give a module on the meta device its tensors, each straight in its type and place.
 
     Args:
-        model: Built under ``torch.device("meta")``; every name in the files is one of its parameters or buffers.
-        shards: What :func:`find_shards` found.
+        model: Built under ``torch.device("meta")``; every name is one of its parameters or buffers.
+        tensors: What :func:`find_tensors` found, under the module's names.
         dtype: Of floating-point tensors; ``None`` keeps the file's.
-        device: Where they shall lie.
+        device: Where they shall lie: all in one place, or a tensor's place by its name.
 
     Raises:
         EmulusError: A file is damaged.
     """
-    for path, shapes in shards.items():
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in shapes:
-                    _assign(model, name, file.get_tensor(name), dtype)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from None
+    for name, stored in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        shape = getattr(owner, leaf).shape
+        tensor = read_tensor(stored, dtype=dtype, device=device(name) if callable(device) else device).view(shape)
+        setattr(owner, leaf, tensor if leaf in owner._buffers else nn.Parameter(tensor, tensor.is_floating_point()))
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-    if tensor.is_floating_point():
-        tensor = tensor.to(dtype=dtype)
-    # A tensor still backed by the file's mapping is copied: training would otherwise write into shared pages.
-    tensor = tensor.clone() if tensor.is_cpu else tensor
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    setattr(owner, leaf, tensor if leaf in owner._buffers else nn.Parameter(tensor))
+def read_tensor(stored: Stored, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+    """One tensor, in memory of its own.
+
+    Args:
+        stored: Where it lies.
+        dtype: Of a floating-point tensor; ``None`` keeps the file's.
+        device: Where it shall be.
+
+    Raises:
+        EmulusError: The file is damaged.
+    """
+    result: Tensor | None = None
+    for start, piece in read_pieces(stored):
+        if result is None:
+            kind = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
+            result = torch.empty(stored.shape, dtype=kind, device=device)
+        if stored.shape:
+            result[start : start + len(piece)].copy_(piece)
+        else:
+            result.copy_(piece)
+    return torch.empty(stored.shape, dtype=dtype, device=device) if result is None else result
 
 
-def _indexed(path: Path) -> list[str]:
+def read_pieces(stored: Stored, most_bytes: int = 64 * 2**20) -> Iterator[tuple[int, Tensor]]:
+    """A tensor as (first row, rows), as they lie in the file, a few MiB at a time.
+
+    The file is mapped anew for every piece: pages of a mapping count as this process's memory until it ends, and a
+    shard is gigabytes.
+
+    Raises:
+        EmulusError: The file is damaged.
+    """
+    try:
+        if not stored.shape:
+            with safe_open(stored.file, framework="pt") as file:
+                yield 0, file.get_tensor(stored.name)
+            return
+        row = 8 * max(1, torch.Size(stored.shape[1:]).numel())
+        step = max(1, most_bytes // row)
+        for start in range(0, stored.shape[0], step):
+            with safe_open(stored.file, framework="pt") as file:
+                yield start, file.get_slice(stored.name)[start : start + step]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(stored.file, error) from None
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    """Tensor to file, as an index says, once every file is there."""
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise EmulusError(f"{path} has no weight_map; restore it from its source")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
+    for name in sorted({str(name) for name in weight_map.values()}):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise EmulusError(f"{path} points at {name!r}, which is not a .safetensors file beside it; it is not read")
         if not (path.parent / name).exists():
             raise EmulusError(f"{path.parent / name} is missing; fetch the shard that {path.name} lists")
-    return names
+    return {str(tensor): str(name) for tensor, name in weight_map.items()}
 
 
-def _header(path: Path) -> Shapes:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from None
+def _headers(paths: Iterable[Path]) -> Tensors:
+    tensors: Tensors = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensors[name] = Stored(file=path, name=name, shape=tuple(file.get_slice(name).get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+    return tensors
+
+
+def _file_name(stored: Stored | None) -> str | None:
+    return None if stored is None else stored.file.name
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without a kernel's trailing ones: a 1x1 convolution is a matrix, and some layouts store it as one."""
+    return shape[:2] if shape[2:] == (1,) * (len(shape) - 2) else shape
 
 
 def _damaged(path: Path, error: Exception) -> EmulusError:

@@ -11,7 +11,7 @@ from emulus.errors import EmulusError
 from emulus.files import read_json, write_json
 from emulus.model.config import DecoderConfig
 from emulus.model.transformer import Decoder
-from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_shards, save_tensors
+from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_tensors, save_tensors
 
 
 def save_decoder(model: Decoder, folder: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -75,16 +75,16 @@ def load_decoder(
             f"{folder}: the decoder knows {config.vocab_size} ids but the vocabulary has {vocab_size}; "
             "they come from different models: use the vocabulary saved with this decoder"
         )
-    shards = find_shards(folder)
+    tensors = find_tensors(folder)
     # The shapes are compared before a model of that size is built: nothing is allocated on a config's word
     # alone.
     first = dataclasses.replace(config, num_hidden_layers=1)
     with torch.device("meta"):
         wanted = _expected(Decoder(first), config)
-    check_shapes(folder, wanted, shards)
+    check_shapes(folder, wanted, tensors)
     with torch.device("meta"):
         model = Decoder(config)
-    fill(model, shards, dtype=dtype, device=device)
+    fill(model, tensors, dtype=dtype, device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()

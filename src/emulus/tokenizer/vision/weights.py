@@ -10,7 +10,7 @@ from emulus.errors import EmulusError
 from emulus.files import read_json, write_json
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.model import VisionTokenizer
-from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_model, find_shards, save_tensors
+from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_model, find_tensors, save_tensors
 
 
 def save_vision_tokenizer(model: VisionTokenizer, folder: Path) -> None:
@@ -41,7 +41,7 @@ def load_vision_tokenizer(folder: Path, device: torch.device | str = "cpu") -> V
     config = VisionTokenizerConfig.from_dict(values)
     with torch.device("meta"):
         model = VisionTokenizer(config)
-    shards = find_shards(folder)
-    check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, shards)
-    fill(model, shards, dtype=torch.float32, device=device)
+    tensors = find_tensors(folder)
+    check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, tensors)
+    fill(model, tensors, dtype=torch.float32, device=device)
     return model.eval()
