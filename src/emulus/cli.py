@@ -19,6 +19,7 @@ VERBS = {
     "continue": ("generate", "continue_", "go on with a clip"),
     "evaluate": ("evaluate", "evaluate", "measure a model on held-out data"),
     "info": ("info", "info", "say what a model or a recipe is"),
+    "convert": ("convert", "convert", "write a model in another layout (released, transformers, emulus)"),
     "demo": ("demo", "demo", "show the committed model and train a tiny one; writes a report page"),
 }
 

@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from emulus.errors import EmulusError
 from emulus.files import disk_errors, read_json, write_file
@@ -40,6 +42,27 @@ class Stored:
 
 Tensors = dict[str, Stored]
 """The name that our modules give a tensor, to where it is stored."""
+
+Place = torch.device | str | Callable[[str], torch.device]
+"""Where tensors shall lie: all on one device, or each where a function of its name says."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out what would draw values that do not exist, for which torch would load its compiler first."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        return (*args, *named.values())[0] if function is nn.init.normal_ else function(*args, **named)
+
+
+def on_meta(build: Callable[[], _Module]) -> _Module:
+    """Build a module without its values: it takes no memory and next to no time, however large."""
+    with torch.device("meta"), _NoDraws():
+        return build()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -157,12 +180,12 @@ def fill(
     tensors: Tensors,
     *,
     dtype: torch.dtype | None,
-    device: torch.device | str | Callable[[str], torch.device],
+    device: Place,
 ) -> None:
     """Give a module on the meta device its tensors, each straight in its type and place.
 
     Args:
-        model: Built under ``torch.device("meta")``; every name is one of its parameters or buffers.
+        model: Built by :func:`on_meta`; every name is one of its parameters or buffers.
         tensors: What :func:`find_tensors` found, under the module's names.
         dtype: Of floating-point tensors; ``None`` keeps the file's.
         device: Where they shall lie: all in one place, or a tensor's place by its name.
@@ -174,8 +197,13 @@ def fill(
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         shape = getattr(owner, leaf).shape
-        tensor = read_tensor(stored, dtype=dtype, device=device(name) if callable(device) else device).view(shape)
+        tensor = read_tensor(stored, dtype=dtype, device=place(device, name)).view(shape)
         setattr(owner, leaf, tensor if leaf in owner._buffers else nn.Parameter(tensor, tensor.is_floating_point()))
+
+
+def place(device: Place, name: str) -> torch.device:
+    """The device on which the tensor called ``name`` shall lie."""
+    return device(name) if callable(device) else torch.device(device)
 
 
 def read_tensor(stored: Stored, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -201,7 +229,7 @@ def read_tensor(stored: Stored, *, dtype: torch.dtype | None = None, device: tor
     return torch.empty(stored.shape, dtype=dtype, device=device) if result is None else result
 
 
-def read_pieces(stored: Stored, most_bytes: int = 64 * 2**20) -> Iterator[tuple[int, Tensor]]:
+def read_pieces(stored: Stored, most_bytes: int = 4 * 2**20) -> Iterator[tuple[int, Tensor]]:
     """A tensor as (first row, rows), as they lie in the file, a few MiB at a time.
 
     The file is mapped anew for every piece: pages of a mapping count as this process's memory until it ends, and a

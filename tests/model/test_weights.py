@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from emulus.errors import EmulusError
-from emulus.model import Decoder, load_decoder, save_decoder, sized
+from emulus.model import Decoder, DecoderConfig, load_decoder, save_decoder, sized
+from emulus.model.weights import expected_shapes, load_decoder_from
+from emulus.weights import find_tensors, rename
 
 
 def tiny(**overrides: object) -> Decoder:
@@ -134,3 +142,107 @@ def test_a_huge_config_allocates_nothing(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2**23, "intermediate_size": 2**23}))
     with pytest.raises(EmulusError, match="mis-shaped"):
         load_decoder(folder)
+
+
+def test_from_tensors_under_other_names(folder: Path) -> None:
+    save_file(
+        {f"other.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()},
+        folder / "model.safetensors",
+    )
+    tensors = rename(find_tensors(folder), lambda name: name.removeprefix("other."))
+    model = load_decoder_from(tiny().config, tensors, dtype=None, device="cpu", folder=folder)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in tiny().state_dict().items())
+    del tensors["model.norm.weight"]
+    with pytest.raises(EmulusError, match=r"1 missing \(model\.norm\.weight\)"):
+        load_decoder_from(tiny().config, tensors, dtype=None, device="cpu", folder=folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here(folder: Path) -> None:
+    for device in ("cuda", "cuda:1", "nowhere"):
+        with pytest.raises(EmulusError, match=f"no device '{device}' here"):
+            load_decoder(folder, device=device)
+    with pytest.raises(EmulusError, match="no device 'cuda:1' here"):
+        load_decoder(folder, device=lambda name: torch.device("cuda:1" if "layers.1" in name else "cpu"))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most bytes that one new float32 tensor had; views take no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if any(returned.alias_info is not None for returned in function._schema.returns):
+            return result
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and not tensor.is_meta:
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_nothing_is_copied_whole_in_float32(tmp_path: Path, quantize: Any) -> None:
+    save_decoder(Decoder(sized("tiny", vocab_size=40_000, intermediate_size=20_000, num_hidden_layers=1)), tmp_path)
+    with Largest() as largest:
+        load_decoder(tmp_path, torch.bfloat16, quantize=quantize)
+    assert largest.bytes <= 4 * 2**20 < 128 * 20_000 * 4
+    assert (largest.bytes > 0) == (quantize is not None)
+
+
+# Each load runs in a fork of one process, after a small one for what is imported and mapped at first use: what is
+# measured is the load's own.
+PEAKS = """
+import json, os, re, sys
+from pathlib import Path
+import torch
+from emulus.model import load_decoder
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+torch.set_num_threads(1)
+small, *cases = json.loads(sys.argv[1])
+load_decoder(*small)
+for folder, quantize in cases:
+    child = os.fork()
+    if not child:
+        load_decoder(small[0], torch.bfloat16, quantize=quantize)
+        before = memory("VmRSS")
+        model = load_decoder(folder, torch.bfloat16, quantize=quantize)
+        size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        print(json.dumps([size, memory("VmHWM") - before]), flush=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def write_zeros(folder: Path, config: DecoderConfig) -> str:
+    folder.mkdir()
+    save_file(
+        {name: torch.zeros(shape) for name, shape in expected_shapes(config).items()}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return str(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_the_peak_is_the_model_as_it_will_be(folder: Path, tmp_path: Path) -> None:
+    wide = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    layers = sized("tiny", vocab_size=500, intermediate_size=2816, num_hidden_layers=5, **wide)
+    table = sized("tiny", vocab_size=46_000, intermediate_size=512, num_hidden_layers=1, **wide)
+    many = write_zeros(tmp_path / "layers", layers)
+    one = write_zeros(tmp_path / "table", dataclasses.replace(table, tie_word_embeddings=True))
+    cases = [(many, None), (one, None), (many, "int8")]
+    arguments = json.dumps([(str(folder),), *cases])
+    run = subprocess.run([sys.executable, "-c", PEAKS, arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    *plain, (small, small_peak) = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(plain) == 2
+    for size, peak in plain:
+        assert size > 50e6
+        assert 0.95 * size < peak < 1.15 * size
+    # Quantised, the pieces of one tensor that are in memory at a time are as many MiB, but more of so small a model.
+    assert 0.95 * small < small_peak < small + 20e6 < plain[0][0]

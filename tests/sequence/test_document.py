@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from emulus.errors import EmulusError
-from emulus.sequence import Action, Document, Image, MediaSize, OpenMedia, Text, Video
+from emulus.sequence import Action, Document, Image, MediaSize, OpenMedia, Special, Text, Video
 
 
 def test_codes_are_held_as_int64_and_compared_by_value() -> None:
@@ -22,6 +22,7 @@ def test_codes_are_held_as_int64_and_compared_by_value() -> None:
     clip = torch.ones(2, 3, 4, dtype=torch.int64)
     assert Video(clip, fps=8) == Video(clip.clone(), fps=8.0)
     assert Video(clip, fps=8) != Video(clip, fps=9)
+    assert Special("<|extra_1|>") == Special("<|extra_1|>") != Text("<|extra_1|>")
     assert Document((Text("a"), picture)) == Document((Text("a"), Image(picture.codes.clone())))
 
 

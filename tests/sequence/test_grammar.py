@@ -29,6 +29,7 @@ from emulus.sequence import (
     Image,
     MediaSize,
     SequenceLayout,
+    Special,
     Text,
     Video,
 )
@@ -37,7 +38,17 @@ from emulus.tokenizer.vocabulary import Vocabulary
 
 CODEBOOK, ACTIONS = 50, 12
 TEXT = TextTokenizer.train(["a red apple", "drawing of a cat"] * 3, size=290)
-VOCABULARY = Vocabulary.native(text_size=TEXT.size, visual_size=CODEBOOK, action_size=ACTIONS)
+MARKS = ("<|extra_100|>", "<|extra_101|>", "<|im_start|>")
+
+
+def with_marks(native: Vocabulary) -> Vocabulary:
+    """A vocabulary with some specials that have no role, behind everything else."""
+    names = {name: native.size + index for index, name in enumerate(MARKS)}
+    values = native.to_dict()
+    return Vocabulary.from_dict(values | {"special_names": values["special_names"] | names})
+
+
+VOCABULARY = with_marks(Vocabulary.native(text_size=TEXT.size, visual_size=CODEBOOK, action_size=ACTIONS))
 LAYOUTS = {
     "emu3": SequenceLayout(),
     "emu3.5": SequenceLayout.emu3_5(),
@@ -47,6 +58,7 @@ LAYOUTS = {
 GRAMMARS = {name: Grammar(VOCABULARY, TEXT, layout, max_cells=5000) for name, layout in LAYOUTS.items()}
 GRAMMAR = GRAMMARS["emu3"]
 EVERYTHING = frozenset({"text", "image", "video", "action"})
+ALSO_MARKS = EVERYTHING | {"special"}
 
 
 def picture(h: int, w: int, seed: int = 0) -> Image:
@@ -65,10 +77,10 @@ seeds = st.integers(0, 1000)
 sides = st.integers(1, 6)
 rates = st.integers(1, 999_999).map(lambda thousandths: thousandths / 1000)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
-    ["<|image start|>", "<|bos|><|eos|>", "<|visual token 000003|>", "8*8", "<|image token|>8*8"]
+    ["<|image start|>", "<|bos|><|eos|>", "<|visual token 000003|>", "8*8", "<|image token|>8*8", *MARKS]
 )
 media = st.builds(picture, sides, sides, seeds) | st.builds(clip, sides, sides, sides, rates, seeds)
-segments = words.map(Text) | media | st.builds(actions, st.integers(1, 6), seeds)
+segments = words.map(Text) | st.sampled_from(MARKS).map(Special) | media | st.builds(actions, st.integers(1, 6), seeds)
 documents = st.lists(segments, max_size=6).map(lambda found: Document(tuple(found)))
 
 
@@ -199,6 +211,60 @@ def test_frame_rates_come_back_as_written(document: Document) -> None:
 def test_text_never_becomes_anything_else(text: str) -> None:
     start, stop = VOCABULARY.text_range
     assert all(start <= id < stop for id in GRAMMAR.build(Document((Text(text),)), bos=False, eos=False))
+
+
+def test_a_special_is_one_id_between_texts_that_stay_apart() -> None:
+    document = Document((Special(MARKS[2]), Text("a"), Special(MARKS[0]), Special(MARKS[0]), Text(MARKS[1])))
+    ids = GRAMMAR.build(document, bos=False, eos=False)
+    mark = VOCABULARY.marks
+    assert ids == [mark[MARKS[2]], *TEXT.encode("a"), mark[MARKS[0]], mark[MARKS[0]], *TEXT.encode(MARKS[1])]
+    assert GRAMMAR.parse(ids).document == document
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *((VOCABULARY.surface(id), "cannot be a Special") for id in VOCABULARY.specials.values()),
+        ("<|visual token 000003|>", "cannot be a Special"),
+        ("<|action token 000003|>", "cannot be a Special"),
+        ("<|extra_999|>", "no special is called"),
+        ("im_start", "no special is called"),
+        ("", "no special is called"),
+        (VOCABULARY.marks[MARKS[0]], "no special is called"),
+    ],
+)
+def test_what_is_no_special_without_a_role_is_refused(name: Any, says: str) -> None:
+    said = refusal(lambda: GRAMMAR.build(Document((Special(name),))))
+    assert said
+    assert says in said
+    assert "\n" not in said
+
+
+def test_specials_in_prompts_are_passed_over_and_written_only_where_asked() -> None:
+    v, text = VOCABULARY, frozenset({"text"})
+    before = Document((Text("a"), picture(2, 3), Special(MARKS[0])))
+    prompt = GRAMMAR.build(before, eos=False)
+    for ids in (prompt, [*prompt, *TEXT.encode("b")]):
+        state = GRAMMAR.start(ids, may=text)
+        assert state.allowed() == GRAMMAR.start([v.bos], may=text).allowed()
+        assert not any(state.allowed().contains(id) for id in v.marks.values())
+    state = GRAMMAR.start(prompt, may=text | {"special"})
+    state.advance(v.marks[MARKS[1]])
+    state.advance(v.eos)
+    assert state.done
+    opened = GRAMMAR.start([*prompt, *GRAMMAR.open_media(h=1, w=2)])
+    assert opened.position.size == MediaSize(h=1, w=2)
+    assert not any(opened.allowed().contains(id) for id in v.marks.values())
+    bare = Grammar(Vocabulary.native(text_size=TEXT.size, visual_size=4), TEXT)
+    with pytest.raises(EmulusError, match="cannot write 'special'"):
+        bare.start([bare.vocabulary.bos], may=frozenset({"special"}))
+
+
+def test_any_released_special_without_a_role_can_stand_in_a_document(released: Grammar) -> None:
+    document = Document(tuple(map(Special, released.vocabulary.marks)))
+    ids = released.build(document)
+    assert len(ids) == len(released.vocabulary.marks) + 2
+    assert released.parse(ids).document == document
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -393,7 +459,7 @@ def test_a_thousand_random_walks_parse_into_whole_media() -> None:
 @settings(max_examples=50, deadline=None)
 @given(
     choose=st.randoms(use_true_random=False),
-    may=st.sets(st.sampled_from(sorted(EVERYTHING))).map(frozenset),
+    may=st.sets(st.sampled_from(sorted(ALSO_MARKS))).map(frozenset),
     document=documents,
     cut=st.floats(0, 1),
     max_cells=st.integers(1, 60),

@@ -183,6 +183,58 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         TextTokenizer.from_file(tmp_path)
 
 
+def test_pieces_are_the_vocabulary(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    again = TextTokenizer.from_pieces(tokenizer.pieces)
+    assert b"".join(again.pieces[id] for id in again.encode("un été <|é|> 12")).decode() == "un été <|é|> 12"
+    again.save_tiktoken(tmp_path / "emu3.tiktoken")
+    for source in (tmp_path, tmp_path / "emu3.tiktoken"):
+        assert list(TextTokenizer.from_file(source).pieces) == list(tokenizer.pieces)
+    with pytest.raises(EmulusError, match="the same bytes"):
+        TextTokenizer.from_pieces([*tokenizer.pieces, b"a"])
+    with pytest.raises(EmulusError, match="single bytes"):
+        TextTokenizer.from_pieces([])
+
+
+@settings(max_examples=100, deadline=None)
+@given(any_text | tricky_text)
+def test_trained_merges_are_those_of_the_ranks(text: str) -> None:
+    assert TextTokenizer.from_pieces(TRAINED.pieces).encode(text) == TRAINED.encode(text)
+
+
+def test_a_file_of_transformers_is_split_as_released(tmp_path: Path) -> None:
+    values = json.loads(TRAINED.save(tmp_path).read_text())
+    values |= {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}
+    vocab = values["model"]["vocab"]
+    special = {"id": TRAINED.size, "content": "<|endoftext|>"}
+    for changed in (
+        {"model": {"vocab": {**vocab, "<|endoftext|>": TRAINED.size}}},
+        {"model": {"vocab": vocab}, "added_tokens": [special]},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**values, **changed}))
+        text = TextTokenizer.from_transformers(tmp_path / "tokenizer.json")
+        assert text.size == TRAINED.size
+        for sample in ("a red apple 2024", "un e\u0301te\u0301", "数字 と<|endoftext|>"):
+            assert text.encode(sample) == TRAINED.encode(sample)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[]", r"no <\|endoftext\|>"),
+        ('{"model": {"vocab": {"a": 0}}}', r"no <\|endoftext\|>"),
+        ('{"model": {"vocab": {"a": 0, "<|endoftext|>": 1}}}', "single bytes"),
+        ('{"model": {"vocab": {"a": 0, "<|endoftext|>": "1"}}}', "whole numbers"),
+        ('{"model": {"vocab": {"a b": 0, "<|endoftext|>": 1}}}', "not byte-level"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_damaged_file_of_transformers_is_named(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(EmulusError, match=rf"tokenizer\.json.*{says}") as caught:
+        TextTokenizer.from_transformers(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("character", ["", "ab", "é"])
 def test_only_one_ascii_character_is_sure_to_have_an_id(character: str) -> None:
     with pytest.raises(EmulusError, match="one ASCII character"):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emulus.errors import EmulusError
-from emulus.tokenizer.vocabulary import Vocabulary
+from emulus.tokenizer.vocabulary import EMU3_5_MARKS, ROLES, Vocabulary
 
 NATIVE = Vocabulary.native(text_size=300, visual_size=64, action_size=10)
 
@@ -34,7 +34,32 @@ def test_emu3_has_the_released_ids() -> None:
 
 
 def test_emu3_5_differs_in_the_number_of_visual_ids_alone() -> None:
-    assert Vocabulary.emu3(visual_size=131_072).size == 282_926
+    v = Vocabulary.emu3_5()
+    assert v.size == 282_926
+    assert v.visual_range == (151_854, 282_926)
+    assert v.to_dict() | {"visual_size": 32_768} == Vocabulary.emu3().to_dict()
+    assert {mark: v.special_names[name] for mark, name in EMU3_5_MARKS.items()} == {
+        **{"bss": 151_746, "ess": 151_747, "tms": 151_848},
+        **{"bog": 151_706, "eog": 151_707, "boc": 151_696, "eoc": 151_697},
+    }
+
+
+def test_marks_are_the_specials_without_a_role() -> None:
+    v = Vocabulary.emu3_5()
+    assert len(v.marks) == 211 - len(ROLES)
+    assert set(v.marks.values()).isdisjoint(v.specials.values())
+    assert set(EMU3_5_MARKS.values()) <= set(v.marks)
+    assert v.marks["<|im_start|>"] == 151_644
+    assert not NATIVE.marks
+
+
+@pytest.mark.parametrize("v", [Vocabulary.emu3(), Vocabulary.emu3_5()], ids=["emu3", "emu3.5"])
+def test_released_names_are_a_bijection_over_all_ids(v: Vocabulary) -> None:
+    names = list(v.special_names)
+    ids = [v.special_names[name] for name in names]
+    assert sorted(ids) == list(range(v.text_size, v.size))
+    assert [v.surface(id) for id in ids] == names
+    assert len(set(names)) == len(names)
 
 
 def test_native_is_text_specials_visual_actions_without_gaps() -> None:

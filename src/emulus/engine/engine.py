@@ -129,16 +129,15 @@ class Engine:
         lanes = _lanes([walk for walk in walks if not walk.finished])
         if not lanes:
             return
-        weight = self.decoder.lm_head.weight
         length = max(lane.walk.length for lane in lanes)
-        cache = KVCache(self.decoder.config, len(lanes), length, weight.dtype, weight.device)
+        cache = self.decoder.new_cache(len(lanes), length)
         while lanes:
             for walk, id in self._step(lanes, cache):
                 yield from walk.take(id)
                 yield from walk.run_forced()
             kept = [row for row, lane in enumerate(lanes) if not lane.walk.finished]
             if len(kept) < len(lanes):
-                cache.select(torch.tensor(kept, dtype=torch.long, device=weight.device))
+                cache.select(torch.tensor(kept, dtype=torch.long))
                 lanes = [lanes[row] for row in kept]
             _refill(lanes)
 

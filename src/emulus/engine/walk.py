@@ -7,7 +7,8 @@ from typing import Literal
 
 from emulus.engine.request import Done, Event, Frame, Request, Result, Row, TextPiece, Token
 from emulus.errors import EmulusError
-from emulus.sequence.grammar import Allowed, Grammar
+from emulus.sequence.allowed import Allowed
+from emulus.sequence.grammar import Grammar
 
 # A character has at most four bytes; more ids than that without a readable end are not going to become one.
 _LONGEST_CHARACTER = 4

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emulus.log import progress
-from emulus.model import Decoder, KVCache
+from emulus.model import Decoder
 from emulus.sequence import pack
 
 Ids = npt.NDArray[np.int64]
@@ -89,12 +89,11 @@ def score_endings(
         ids[row, : len(ending)] = torch.from_numpy(ending)
         real[row, : len(ending)] = True
     with evaluating(decoder):
-        once = KVCache(decoder.config, 1, start, device=device)
+        once = decoder.new_cache(1, start, torch.float32)
         first = torch.from_numpy(beginning).to(device)[None]
         last = decoder.hidden(first, position_ids=torch.arange(start, device=device)[None], cache=once)[:, -1:]
-        cache = KVCache(decoder.config, len(endings), start + longest, device=device)
-        cache.keys[..., :start, :] = once.keys
-        cache.values[..., :start, :] = once.values
+        cache = decoder.new_cache(len(endings), start + longest, torch.float32)
+        cache.begin_with(once)
         positions = torch.arange(start, start + longest, device=device).expand(len(endings), -1)
         hidden = decoder.hidden(ids, position_ids=positions, cache=cache)
         before = torch.cat([last.expand(len(endings), -1, -1), hidden[:, :-1]], dim=1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from emulus.errors import EmulusError
 from emulus.model.config import DecoderConfig
+from emulus.weights import Place, place
 
 
 class KVCache:
@@ -17,9 +18,11 @@ class KVCache:
     the slots at or before its own position, so what lies beyond (padding of a shorter row, a rejected draft)
     is never seen, and the next tokens of that row overwrite it. Going back is feeding a smaller position.
 
+    Each layer's keys and values lie where that layer does.
+
     Attributes:
-        keys: ``(layers, batch, kv_heads, max_length, head_dim)``, after RoPE.
-        values: Same shape.
+        keys: Of each layer, ``(batch, kv_heads, max_length, head_dim)``, after RoPE.
+        values: Same shapes.
     """
 
     def __init__(
@@ -28,7 +31,7 @@ class KVCache:
         batch: int,
         max_length: int,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: Place = "cpu",
     ) -> None:
         """Allocate.
 
@@ -37,25 +40,26 @@ class KVCache:
             batch: Rows.
             max_length: Slots per row.
             dtype: Of keys and values.
-            device: Where they lie.
+            device: Where they lie; a function gets the names of the layers (``model.layers.0``).
 
         Raises:
             EmulusError: There is not enough memory for it.
         """
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_width)
+        shape = (batch, config.num_key_value_heads, max_length, config.head_width)
+        devices = [place(device, f"model.layers.{layer}") for layer in range(config.num_hidden_layers)]
         try:
             # Zeros, since a masked slot still enters the weighted sum as 0 * value and unset memory may hold
             # NaN.
-            self.keys = torch.zeros(shape, dtype=dtype, device=device)
-            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            self.keys = [torch.zeros(shape, dtype=dtype, device=where) for where in devices]
+            self.values = [torch.zeros(shape, dtype=dtype, device=where) for where in devices]
         except (RuntimeError, MemoryError) as error:
-            size = 2 * dtype.itemsize * torch.Size(shape).numel() / 2**30
+            size = 2 * len(devices) * dtype.itemsize * torch.Size(shape).numel() / 2**30
             raise EmulusError(
                 f"no memory for the keys and values of {batch} rows of {max_length} tokens ({size:.1f} GiB); "
                 "generate fewer or smaller items at once"
             ) from error
         self.max_length = max_length
-        self._rows = torch.arange(batch, device=device)[:, None]
+        self._rows = {keys.device: torch.arange(batch, device=keys.device)[:, None] for keys in self.keys}
 
     def visible(self, position_ids: Int[Tensor, "batch tokens"]) -> int:
         """Say how many slots any of these queries can see.
@@ -76,12 +80,22 @@ class KVCache:
         values: Float[Tensor, "batch kv_heads tokens head_dim"],
     ) -> None:
         """Put one layer's new keys and values at their positions."""
+        rows = self._rows[self.keys[layer].device]
         # The row and position indices stand apart, so their shape (batch, tokens) leads the written block's.
-        self.keys[layer, self._rows, :, position_ids] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer, self._rows, :, position_ids] = values.transpose(1, 2).to(self.values.dtype)
+        self.keys[layer][rows, :, position_ids] = keys.transpose(1, 2).to(self.keys[layer].dtype)
+        self.values[layer][rows, :, position_ids] = values.transpose(1, 2).to(self.values[layer].dtype)
+
+    def begin_with(self, prefix: KVCache) -> None:
+        """Let every row begin with the tokens of another cache, of one row or of as many."""
+        pairs = zip([*self.keys, *self.values], [*prefix.keys, *prefix.values], strict=True)
+        for mine, other in pairs:
+            mine[:, :, : prefix.max_length] = other.to(mine.device)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep only these rows, in this order."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
-        self._rows = self._rows[: len(rows)]
+        where = {device: rows.to(device) for device in self._rows}
+        # Layer by layer, so that only one layer is held twice.
+        for kept in (self.keys, self.values):
+            for layer, tensor in enumerate(kept):
+                kept[layer] = tensor[where[tensor.device]]
+        self._rows = {device: index[: len(rows)] for device, index in self._rows.items()}

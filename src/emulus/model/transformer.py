@@ -5,8 +5,8 @@ Plain PyTorch. How it is spread over devices, compiled or quantised is decided o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,8 +123,8 @@ class Attention(nn.Module):
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: KVCache, layer: int) -> Tensor:
         cache.write(layer, context.position_ids, k, v)
-        keys = cache.keys[layer, :, :, : context.visible].to(q.dtype)
-        values = cache.values[layer, :, :, : context.visible].to(q.dtype)
+        keys = cache.keys[layer][:, :, : context.visible].to(q.dtype)
+        values = cache.values[layer][:, :, : context.visible].to(q.dtype)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=context.mask, enable_gqa=True)
 
 
@@ -153,6 +153,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.attention_dropout)
 
+    @property
+    def device(self) -> torch.device:
+        """Where this block lies, and computes."""
+        return self.input_layernorm.weight.device
+
     def forward(
         self, x: Float[Tensor, "batch tokens hidden"], context: Context, layer: int
     ) -> Float[Tensor, "batch tokens hidden"]:
@@ -174,6 +179,11 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @property
+    def blocks(self) -> Iterable[Block]:
+        """The layers, as what they are."""
+        return cast("Iterable[Block]", self.layers)
+
     def forward(
         self,
         input_ids: Int[Tensor, "batch tokens"],
@@ -181,18 +191,23 @@ class Backbone(nn.Module):
         document_lengths: Sequence[int] | None,
         cache: KVCache | None,
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """Run every block."""
-        context = self._context(position_ids, document_lengths, cache)
-        x = self.dropout(self.embed_tokens(input_ids))
-        for index, layer in enumerate(self.layers):
+        """Run every block, each where it lies."""
+        visible = cache.visible(position_ids) if cache is not None else 0
+        context: Context | None = None
+        x = self.dropout(self.embed_tokens(input_ids.to(self.embed_tokens.weight.device)))
+        for index, layer in enumerate(self.blocks):
+            if context is None or layer.device != x.device:
+                x = x.to(layer.device)
+                context = self._context(position_ids.to(layer.device), document_lengths, cache, visible)
             x = layer(x, context, index)
-        return self.norm(x)
+        return self.norm(x.to(self.norm.weight.device))
 
-    def _context(self, position_ids: Tensor, document_lengths: Sequence[int] | None, cache: KVCache | None) -> Context:
+    def _context(
+        self, position_ids: Tensor, document_lengths: Sequence[int] | None, cache: KVCache | None, visible: int
+    ) -> Context:
         table = rotary(position_ids, self.config.head_width, self.config.rope_theta)
         if cache is None:
             return Context(table, document_lengths, None, position_ids, 0, None)
-        visible = cache.visible(position_ids)
         mask = torch.arange(visible, device=position_ids.device) <= position_ids[:, None, :, None]
         return Context(table, None, cache, position_ids, visible, mask)
 
@@ -288,6 +303,20 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = default_positions(batch, tokens, document_lengths, input_ids.device)
         return self.model(input_ids, position_ids, document_lengths, cache)
+
+    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """Make an empty cache of keys and values, each layer's where that layer lies.
+
+        Args:
+            batch: Rows.
+            max_length: Slots per row.
+            dtype: Of keys and values; by default the decoder's own.
+
+        Raises:
+            EmulusError: There is not enough memory for it.
+        """
+        devices = {f"model.layers.{index}": layer.device for index, layer in enumerate(self.model.blocks)}
+        return KVCache(self.config, batch, max_length, dtype or self.lm_head.weight.dtype, devices.__getitem__)
 
     def head(
         self, hidden: Float[Tensor, "*rows hidden"], vocab_range: tuple[int, int] | None = None

@@ -7,15 +7,32 @@ from pathlib import Path
 
 import torch
 
+from emulus.device import pick_device
 from emulus.errors import EmulusError
 from emulus.files import read_json, write_json
 from emulus.model.config import DecoderConfig
+from emulus.model.quantize import Quantization, check_kind, is_quantized, make_room
 from emulus.model.transformer import Decoder
-from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_tensors, save_tensors
+from emulus.weights import (
+    CONFIG,
+    WEIGHTS,
+    Place,
+    Shapes,
+    Tensors,
+    check_shapes,
+    fill,
+    find_tensors,
+    on_meta,
+    place,
+    read_pieces,
+    save_tensors,
+)
 
 
 def save_decoder(model: Decoder, folder: Path | str, dtype: torch.dtype | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors``, each atomically.
+
+    A decoder that lies on several devices is written whole.
 
     Args:
         model: What to save.
@@ -23,8 +40,10 @@ def save_decoder(model: Decoder, folder: Path | str, dtype: torch.dtype | None =
         dtype: What to store; by default each tensor's own.
 
     Raises:
-        EmulusError: The disk is full or the folder may not be written to.
+        EmulusError: The disk is full, the folder may not be written to, or the decoder is quantised.
     """
+    if is_quantized(model):
+        raise EmulusError("a quantised decoder is not saved; save the original, and quantise it when it is loaded")
     folder = Path(folder)
     tensors = {
         name: tensor.to(dtype=dtype) for name, tensor in model.state_dict().items() if not _is_tied(name, model.config)
@@ -50,20 +69,21 @@ def load_config(folder: Path | str) -> DecoderConfig:
 def load_decoder(
     folder: Path | str,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: Place = "cpu",
     *,
     vocab_size: int | None = None,
+    quantize: Quantization | None = None,
 ) -> Decoder:
-    """Read a decoder, in eval mode.
+    """Read a decoder of our own or the released layout, in eval mode.
 
-    Tensors are mapped and converted one at a time, so that the peak is the model in its target dtype and one
-    tensor.
+    See :func:`load_decoder_from` for how; whether it fits is asked before, of :func:`emulus.placement.plan`.
 
     Args:
         folder: Holds ``config.json`` and ``model.safetensors`` (or its shards and their index).
         dtype: What to compute in; by default what is stored.
-        device: Where it shall lie.
+        device: Where it shall lie: one device, or a placement over several.
         vocab_size: What the vocabulary beside it counts; a model of another size is refused.
+        quantize: Keep the projections in so many bits.
 
     Raises:
         EmulusError: A file is missing, damaged or a pickle, or its tensors are not this config's.
@@ -76,18 +96,62 @@ def load_decoder(
             "they come from different models: use the vocabulary saved with this decoder"
         )
     tensors = find_tensors(folder)
+    return load_decoder_from(config, tensors, dtype=dtype, device=device, quantize=quantize, folder=folder)
+
+
+def load_decoder_from(
+    config: DecoderConfig,
+    tensors: Tensors,
+    *,
+    dtype: torch.dtype | None,
+    device: Place,
+    quantize: Quantization | None = None,
+    folder: Path,
+) -> Decoder:
+    """Read a decoder, in eval mode, from tensors found under our names.
+
+    Each tensor is read in pieces of a few MiB, straight into its type and place: the peak is the model as it will be,
+    and one piece.
+
+    Args:
+        config: Its shape.
+        tensors: Where its tensors are stored.
+        dtype: What to compute in; ``None`` is what is stored.
+        device: Where it shall lie: one device, or a placement over several.
+        quantize: Keep the projections in so many bits.
+        folder: Where all this comes from, for messages.
+
+    Raises:
+        EmulusError: The tensors are not this config's, a file is damaged, a device is missing or full, or a weight to
+            be quantised is not finite.
+    """
     # The shapes are compared before a model of that size is built: nothing is allocated on a config's word
     # alone.
-    first = dataclasses.replace(config, num_hidden_layers=1)
-    with torch.device("meta"):
-        wanted = _expected(Decoder(first), config)
-    check_shapes(folder, wanted, tensors)
-    with torch.device("meta"):
-        model = Decoder(config)
-    fill(model, tensors, dtype=dtype, device=device)
+    check_shapes(folder, expected_shapes(config), tensors)
+    model = on_meta(lambda: Decoder(config))
+    for where in sorted({str(device(name) if callable(device) else device) for name in tensors}):
+        pick_device(where)
+    layers = make_room(model, check_kind(quantize)) if quantize is not None else {}
+    try:
+        for name, layer in layers.items():
+            layer.to_empty(device=place(device, name))
+            for start, rows in read_pieces(tensors[name]):
+                layer.put(start, rows, name=f"{tensors[name].file}: {name}")
+        fill(model, {name: tensors[name] for name in tensors if name not in layers}, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        raise EmulusError(
+            f"{folder}: no memory left for the decoder ({str(error).splitlines()[0]}); take a smaller dtype, int8 or "
+            "int4, or let part of it lie on the CPU (device auto)"
+        ) from None
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+def expected_shapes(config: DecoderConfig) -> Shapes:
+    """The name and shape of every tensor that a decoder of this config has on disk; nothing is allocated."""
+    single = dataclasses.replace(config, num_hidden_layers=1)
+    return _expected(on_meta(lambda: Decoder(single)), config)
 
 
 def _is_tied(name: str, config: DecoderConfig) -> bool:

@@ -1,5 +1,6 @@
 """documents <-> ids. What a document is, its one grammar, each task's prompt, and rows of ids to train on."""
 
+from emulus.sequence.allowed import Allowed, Position
 from emulus.sequence.document import (
     Action,
     Document,
@@ -8,12 +9,14 @@ from emulus.sequence.document import (
     OpenMedia,
     Parsed,
     Segment,
+    Special,
     Text,
     Video,
 )
-from emulus.sequence.grammar import MAX_CELLS, Allowed, Grammar, GrammarState, Position, modalities
+from emulus.sequence.grammar import MAX_CELLS, Grammar, GrammarState, modalities
 from emulus.sequence.layout import CELL, SequenceLayout
 from emulus.sequence.packing import Batch, collate, pack
+from emulus.sequence.released import ReleasedState
 from emulus.sequence.templates import (
     Prompt,
     animate,
@@ -41,8 +44,10 @@ __all__ = [
     "Parsed",
     "Position",
     "Prompt",
+    "ReleasedState",
     "Segment",
     "SequenceLayout",
+    "Special",
     "Text",
     "Video",
     "animate",

@@ -1,4 +1,4 @@
-"""What a document is before it is ids: segments of text, pictures, clips and actions."""
+"""What a document is before it is ids: segments of text, specials, pictures, clips and actions."""
 
 from __future__ import annotations
 
@@ -88,6 +88,19 @@ class Text:
     text: str
 
 
+@dataclass(frozen=True)
+class Special:
+    """One special id to which the grammar gives no role, e.g. a mark around a chain of thought.
+
+    Text never becomes one, so whoever writes a text cannot write marks.
+
+    Attributes:
+        name: Its surface string, one of ``Vocabulary.marks``, e.g. ``"<|extra_100|>"``.
+    """
+
+    name: str
+
+
 @dataclass(frozen=True, eq=False)
 class Image(_Codes):
     """A picture.
@@ -152,7 +165,7 @@ class Action(_Codes):
         object.__setattr__(self, "codes", _as_codes(self.codes, 1, "actions are (n,)"))
 
 
-Segment = Text | Image | Video | Action
+Segment = Text | Special | Image | Video | Action
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,9 @@ class Document:
         object.__setattr__(self, "segments", tuple(self.segments))
         for segment in self.segments:
             if not isinstance(segment, Segment):
-                raise EmulusError(f"a document holds Text, Image, Video, Action, not {type(segment).__name__}; wrap it")
+                raise EmulusError(
+                    f"a document holds Text, Special, Image, Video, Action, not {type(segment).__name__}; wrap it"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from emulus.errors import EmulusError, did_you_mean
+from emulus.sequence.allowed import Allowed, Position, just, only
 from emulus.sequence.document import (
     Action,
     Document,
@@ -31,11 +30,13 @@ from emulus.sequence.document import (
     OpenMedia,
     Parsed,
     Segment,
+    Special,
     Text,
     Video,
 )
 from emulus.sequence.layout import CELL, Ids, SequenceLayout
 from emulus.sequence.meta import Follow, MetaTemplate
+from emulus.sequence.released import ReleasedState
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 
@@ -46,76 +47,6 @@ MAX_CELLS = 1 << 20
 """Most cells of one picture or clip: eight times what Emu3's longest context holds."""
 
 
-@dataclass(frozen=True)
-class Allowed:
-    """Which ids may come next.
-
-    Attributes:
-        kind: ``"forced"`` when only one id may come, else what is chosen: ``"text"`` (words, or the start of
-            a medium, or the end), ``"meta"`` (a letter of a size text), ``"visual"`` or ``"action"``.
-        ranges: Half-open id ranges, sorted, apart from each other.
-    """
-
-    kind: str
-    ranges: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, kind: str, ranges: Iterable[tuple[int, int]]) -> Allowed:
-        """Sort and join ranges; one id that is left is forced."""
-        joined: list[tuple[int, int]] = []
-        for start, stop in sorted(ranges):
-            if joined and joined[-1][1] == start:
-                joined[-1] = (joined[-1][0], stop)
-            else:
-                joined.append((start, stop))
-        single = len(joined) == 1 and joined[0][1] - joined[0][0] == 1
-        return cls("forced" if single else kind, tuple(joined))
-
-    @property
-    def forced(self) -> int | None:
-        """The only id that may come, or None where there is a choice. Feed it; never sample it."""
-        return self.ranges[0][0] if self.kind == "forced" else None
-
-    def contains(self, id: int) -> bool:
-        """Whether this id may come."""
-        return any(start <= id < stop for start, stop in self.ranges)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where the next id falls.
-
-    Attributes:
-        kind: ``"text"``, ``"meta"`` (a size text), ``"image"``, ``"video"``, ``"action"`` or ``"end"``.
-        size: Size of the open picture or clip.
-        cells: How many of its cells are there. Row and frame ends do not count.
-    """
-
-    kind: str
-    size: MediaSize | None = None
-    cells: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Whole rows so far, over all frames."""
-        return self.cells // self.size.w if self.size else 0
-
-    @property
-    def frames(self) -> int:
-        """Whole frames of cells so far."""
-        return self.rows // self.size.h if self.size else 0
-
-    @property
-    def row(self) -> int:
-        """Row of the next cell in its frame."""
-        return self.rows % self.size.h if self.size else 0
-
-    @property
-    def column(self) -> int:
-        """Column of the next cell."""
-        return self.cells % self.size.w if self.size else 0
-
-
 class Grammar:
     """Builds ids from documents, parses ids, and starts a :class:`GrammarState` beside a decoder.
 
@@ -124,9 +55,13 @@ class Grammar:
         text: The text tokenizer that the vocabulary was made for.
         layout: Which published sequence format.
         max_cells: Most cells of one picture or clip; a larger one is refused before memory is taken for it.
+        compat: ``"released"`` does what the released Emu3 code does where that differs: specials written in a
+            text become those specials, so whoever writes it can open and close pictures; and
+            :meth:`start` follows the released rule, wrong as it is with several pictures.
 
     Raises:
-        EmulusError: The text tokenizer is not the vocabulary's, or size texts could not be read back.
+        EmulusError: The text tokenizer is not the vocabulary's, size texts could not be read back, or the
+            released code knows no such layout.
     """
 
     def __init__(
@@ -136,6 +71,7 @@ class Grammar:
         layout: SequenceLayout | None = None,
         *,
         max_cells: int = MAX_CELLS,
+        compat: Literal["released"] | None = None,
     ) -> None:
         if text.size != vocabulary.text_size:
             raise EmulusError(
@@ -146,6 +82,14 @@ class Grammar:
         self.text = text
         self.layout = layout = layout or SequenceLayout()
         self.max_cells = max_cells
+        self.compat = compat
+        if compat not in (None, "released"):
+            raise EmulusError(f"unknown compat {compat!r}{did_you_mean(str(compat), ['released'])}")
+        if compat and not (layout.row_end and layout.last_row_end and layout.frame_end):
+            raise EmulusError("compat='released' is Emu3's rule, which ends every row and frame; leave compat away")
+        self._parsed_in_text = vocabulary.special_names if compat else None
+        self._marks = vocabulary.marks
+        self._mark_of_id = {id: name for name, id in self._marks.items()}
         self._templates = {
             "image": MetaTemplate("image", layout.image_meta, layout.temporal_factor),
             "video": MetaTemplate("video", layout.video_meta, layout.temporal_factor),
@@ -159,7 +103,8 @@ class Grammar:
     def build(self, document: Document, *, bos: bool = True, eos: bool = True) -> list[int]:
         """Write a document as ids.
 
-        Text can hold anything, strings that look like specials too: it only ever becomes text ids.
+        Text can hold anything, strings that look like specials too: it only ever becomes text ids (but for
+        ``compat="released"``).
 
         Args:
             document: Segments in order.
@@ -170,7 +115,8 @@ class Grammar:
             The ids; :meth:`parse` gives the document back.
 
         Raises:
-            EmulusError: Codes are outside the codebook, or a picture or clip is too large.
+            EmulusError: Codes are outside the codebook, a picture or clip is too large, or a special is none
+                or has a role of its own.
         """
         ids = [self.vocabulary.bos] if bos else []
         for segment in document.segments:
@@ -225,7 +171,9 @@ class Grammar:
     def _segment_ids(self, segment: Segment) -> list[int]:
         match segment:
             case Text():
-                return self.text.encode(segment.text)
+                return self.text.encode(segment.text, allow_special=self._parsed_in_text)
+            case Special():
+                return [self._mark_id(str(segment.name))]
             case Action():
                 self._check_codes(segment.codes, self.vocabulary.action_size, "action")
                 ids = (segment.codes + self.vocabulary.action_start).tolist()
@@ -245,6 +193,16 @@ class Grammar:
         filled[cells[: len(codes)]] = codes.numpy() + v.visual_start
         meta = [self._id_of_character[c] for c in self._templates[size.kind].write(size)]
         return [v.boi, *meta, v.img, *filled.tolist()]
+
+    def _mark_id(self, name: str) -> int:
+        if name in self._marks:
+            return self._marks[name]
+        if name in self.vocabulary.special_names:
+            raise EmulusError(
+                f"{name} cannot be a Special: the sequence format has a place for it, where the grammar writes it; "
+                "give the Image, Video or Action, or leave it away"
+            )
+        raise EmulusError(f"no special is called {name!r}; Vocabulary.marks names those that a document can hold")
 
     @staticmethod
     def _check_codes(codes: Tensor, size: int, kind: str) -> None:
@@ -282,6 +240,8 @@ class Grammar:
                 return Parsed(document=Document(tuple(segments)), complete=True)
             if v.is_text(id):
                 found, position = self._read_text(array, position)
+            elif id in self._mark_of_id:
+                found, position = Special(self._mark_of_id[id]), position + 1
             elif id == v.boi:
                 found, position = self._read_media(array, position + 1)
             elif id == v.specials.get("boa"):
@@ -360,22 +320,29 @@ class Grammar:
         *,
         may: frozenset[str] = frozenset(),
         max_cells: int | None = None,
-    ) -> GrammarState:
+    ) -> GrammarState | ReleasedState:
         """Begin to walk beside a decoder, after a prompt.
+
+        With ``compat="released"`` the released rule is followed: what the prompt leaves open is finished by it
+        when ``may`` is empty, and otherwise every id may come until EOS. Such prompts need not parse.
 
         Args:
             prompt_ids: What the decoder is given; it may break off anywhere, in a medium too.
             may: What the decoder may write of its own accord after the medium that the prompt leaves open:
-                ``"text"``, ``"image"``, ``"video"``, ``"action"``. With nothing, the medium is finished and
-                EOS follows.
+                ``"text"``, ``"image"``, ``"video"``, ``"action"``, ``"special"`` (the specials that have no
+                role). With nothing, the medium is finished and EOS follows.
             max_cells: Most cells of a medium whose size the decoder writes itself; None for the grammar's.
 
         Raises:
             EmulusError: The prompt is broken or already ended, or ``may`` holds something else.
         """
-        choices = {"text", "image", "video"} | ({"action"} if self.vocabulary.action_size else set())
+        choices = {"text", "image", "video"}
+        choices |= {"action"} if self.vocabulary.action_size else set()
+        choices |= {"special"} if self._marks else set()
         for word in sorted(may - choices):
             raise EmulusError(f"this model cannot write {word!r}{did_you_mean(word, choices)}")
+        if self.compat:
+            return ReleasedState(self.vocabulary) if may else self._start_released(_as_array(prompt_ids))
         parsed = self.parse(prompt_ids)
         if parsed.complete:
             raise EmulusError("the prompt has ended already, nothing can follow; leave its EOS away")
@@ -386,6 +353,20 @@ class Grammar:
                 "give a smaller one, or none"
             )
         return state
+
+    def _start_released(self, ids: Ids) -> ReleasedState:
+        """Finish a picture by the released rule: its size is the last one, but the first IMG is counted from."""
+        v = self.vocabulary
+        opened = np.flatnonzero(ids == v.boi)
+        if len(opened):
+            _, size, start = self._read_meta(ids, int(opened[-1]) + 1)
+            if size and size.kind == "image" and not (ids[start:] == v.eoi).any():
+                offset = len(ids) - int((ids == v.img).argmax())
+                return ReleasedState(v, size, offset=offset, cells=sum(map(v.is_visual, ids[start:].tolist())))
+        raise EmulusError(
+            "the prompt leaves no picture open, and compat='released' finishes nothing else; "
+            "end it with a picture's size and IMG, or say what may be written"
+        )
 
     def follow(self, meta: str, kinds: Iterable[str] = _MEDIA, max_cells: int | None = None) -> Follow:
         """How a size text may go on, given what kinds of medium it may speak of.
@@ -411,7 +392,7 @@ class Grammar:
         """The ids of the characters that may follow a size text, and IMG where it may end."""
         ids = [self._id_of_character[c] for c in follow.characters]
         ids += [self.vocabulary.img] if follow.size else []
-        return Allowed.of("meta", map(_just, ids))
+        return Allowed.of("meta", map(just, ids))
 
 
 class GrammarState:
@@ -429,14 +410,15 @@ class GrammarState:
         # A size text that the prompt began must be finished even where no further medium may follow.
         self._media = [kind for kind in _MEDIA if kind in may] or list(_MEDIA)
         self._openers = {v.boi: "meta", v.eos: "end"}
-        outside = [_just(v.eos)]
+        outside = [just(v.eos)]
         outside += [v.text_range] if "text" in may else []
-        outside += [_just(v.boi)] if may & set(_MEDIA) else []
+        outside += [just(v.boi)] if may & set(_MEDIA) else []
+        outside += map(just, v.marks.values()) if "special" in may else []
         if v.action_size:
             self._openers[v.boa] = "action"
-            outside += [_just(v.boa)] if "action" in may else []
+            outside += [just(v.boa)] if "action" in may else []
             self._first_action = Allowed.of("action", [v.action_range])
-            self._next_action = Allowed.of("action", [v.action_range, _just(v.eoa)])
+            self._next_action = Allowed.of("action", [v.action_range, just(v.eoa)])
         self._outside = Allowed.of("text", outside)
         self._visual = Allowed.of("visual", [v.visual_range])
         if opened is None:
@@ -522,14 +504,14 @@ class GrammarState:
         match self._kind:
             case "image" | "video":
                 id = int(self._block[self._offset])
-                return self._visual if id == CELL else _only(id)
+                return self._visual if id == CELL else only(id)
             case "meta":
                 self._follow = self._grammar.follow(self._meta, self._media, self._max_cells)
                 return self._grammar.characters_allowed(self._follow)
             case "action":
                 return self._next_action if self._offset else self._first_action
             case "end":
-                return _only(v.pad)
+                return only(v.pad)
         return self._outside
 
 
@@ -551,15 +533,6 @@ def modalities(ids: Ids, vocabulary: Vocabulary) -> dict[str, npt.NDArray[np.boo
     for name, (start, stop) in {"visual": vocabulary.visual_range, "text": vocabulary.text_range}.items():
         masks[name] = (ids >= start) & (ids < stop) & ~in_size_text
     return masks
-
-
-def _just(id: int) -> tuple[int, int]:
-    return id, id + 1
-
-
-@lru_cache(maxsize=64)
-def _only(id: int) -> Allowed:
-    return Allowed("forced", (_just(id),))
 
 
 def _as_array(ids: Sequence[int] | Tensor | Ids) -> Ids:

@@ -26,6 +26,9 @@ Source: baaivision/Emu3, emu3/mllm/tokenization_emu3.py.
 
 TOKENIZERS_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tokenizer.tiktoken"
+EMU3_FILE = "emu3.tiktoken"
+"""What released checkpoints call their text vocabulary."""
+_FIRST_SPECIAL = "<|endoftext|>"
 _BYTES = 256
 _BYTES_MISSING = "some single bytes have no id, so some texts could not be written; give a byte-level vocabulary"
 
@@ -49,6 +52,11 @@ class TextTokenizer:
         if len(self._ids_of_bytes) < _BYTES:
             raise EmulusError(_BYTES_MISSING)
         self.size = len(self._pieces)
+
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes of every id, in order."""
+        return self._pieces
 
     def encode(self, text: str, *, allow_special: Mapping[str, int] | None = None) -> list[int]:
         """Turn text into ids.
@@ -146,14 +154,14 @@ class TextTokenizer:
         """Read a vocabulary: a ``.json`` file of the `tokenizers` library, or a ``.tiktoken`` file.
 
         Args:
-            path: The file, or a folder that :meth:`save` wrote to.
+            path: The file, or a folder that :meth:`save` wrote to, or a released checkpoint's.
 
         Raises:
             EmulusError: The file is missing, damaged or not byte-level BPE.
         """
         path = Path(path)
         if path.is_dir():
-            files = (path / name for name in (TOKENIZERS_FILE, TIKTOKEN_FILE))
+            files = (path / name for name in (TOKENIZERS_FILE, TIKTOKEN_FILE, EMU3_FILE))
             path = next((file for file in files if file.is_file()), path)
         if not path.is_file():
             raise EmulusError(f"no text vocabulary at {path}; give a {TOKENIZERS_FILE} or a .tiktoken file")
@@ -165,13 +173,57 @@ class TextTokenizer:
         except EmulusError as error:
             raise EmulusError(f"{path}: {error}") from error
 
+    @classmethod
+    def from_pieces(cls, pieces: Sequence[bytes]) -> TextTokenizer:
+        """Make a vocabulary of the bytes of its ids: the lowest ids merge first.
+
+        Raises:
+            EmulusError: A single byte has no id, or a piece has two.
+        """
+        if len(set(pieces)) < len(pieces):
+            raise EmulusError("two text ids have the same bytes; give a vocabulary that says everything once")
+        return cls(_TiktokenBackend(list(pieces)))
+
+    @classmethod
+    def from_transformers(cls, path: Path) -> TextTokenizer:
+        """Read the ranks of a transformers Emu3's ``tokenizer.json``, without its way of splitting text.
+
+        There, specials follow the text pieces in one table, and text is split by GPT-2's pattern without NFC, which
+        gives other ids than the model was trained with. Here it is split as released.
+
+        Args:
+            path: The file.
+
+        Raises:
+            EmulusError: The file is missing, damaged or not byte-level BPE with Emu3's specials after it.
+        """
+        ids = transformers_ids(path)
+        size = ids[_FIRST_SPECIAL]
+        try:
+            return cls.from_pieces(_pieces({id: name for name, id in ids.items() if id < size}))
+        except EmulusError as error:
+            raise EmulusError(f"{path}: {error}") from error
+
+    def save_tiktoken(self, path: Path) -> None:
+        """Write the vocabulary as lines of ``base64(piece) rank``, atomically.
+
+        Raises:
+            EmulusError: The disk is full or the place may not be written to.
+        """
+        lines = (f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(self._pieces))
+        write_text(path, "".join(lines))
+
     def save(self, folder: Path) -> Path:
         """Write the vocabulary into a folder, atomically.
 
         Returns:
             The file written: ``tokenizer.json`` or ``tokenizer.tiktoken``, whichever kind this is.
         """
-        return self._backend.save(Path(folder))
+        if isinstance(self._backend, _TokenizersBackend):
+            return self._backend.save(Path(folder))
+        path = Path(folder) / TIKTOKEN_FILE
+        self.save_tiktoken(path)
+        return path
 
 
 class _TokenizersBackend:
@@ -192,14 +244,7 @@ class _TokenizersBackend:
             raise EmulusError(f"the tokenizers library cannot read it ({error}); restore it") from error
 
     def pieces(self) -> list[bytes]:
-        byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
-        piece_of = {id: piece for piece, id in self._tokenizer.get_vocab(with_added_tokens=False).items()}
-        try:
-            return [bytes(byte_of[letter] for letter in piece_of[id]) for id in range(len(piece_of))]
-        except KeyError as error:
-            raise EmulusError(
-                f"it is not byte-level with ids 0, 1, 2, ... ({error} is unknown); give a file that is"
-            ) from None
+        return _pieces({id: name for name, id in self._tokenizer.get_vocab(with_added_tokens=False).items()})
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -215,6 +260,8 @@ class _TiktokenBackend:
     """A released vocabulary: lines of ``base64(piece) rank``, the rank being the id."""
 
     def __init__(self, pieces: list[bytes]) -> None:
+        if len({piece for piece in pieces if len(piece) == 1}) < _BYTES:
+            raise EmulusError(_BYTES_MISSING)
         self._pieces = pieces
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self._encoding = tiktoken.Encoding("emulus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -222,8 +269,8 @@ class _TiktokenBackend:
     @classmethod
     def read(cls, path: Path) -> _TiktokenBackend:
         piece_of: dict[int, bytes] = {}
-        lines = path.read_bytes().splitlines()
-        for number, line in enumerate(lines, start=1):
+        lines = [entry for entry in enumerate(path.read_bytes().splitlines(), start=1) if entry[1].strip()]
+        for number, line in lines:
             try:
                 piece, rank = line.split()
                 piece_of[int(rank)] = base64.b64decode(piece, validate=True)
@@ -233,8 +280,6 @@ class _TiktokenBackend:
         # A piece merges by its rank, and every id must mean one piece: so no gap, no rank and no piece twice.
         if not all(pieces) or len(set(pieces)) < len(pieces):
             raise EmulusError(f"its {len(lines)} ranks are not 0, 1, 2, ... once each; restore the file")
-        if len({piece for piece in pieces if len(piece) == 1}) < _BYTES:
-            raise EmulusError(_BYTES_MISSING)
         return cls(pieces)
 
     def pieces(self) -> list[bytes]:
@@ -243,14 +288,40 @@ class _TiktokenBackend:
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
-    def save(self, folder: Path) -> Path:
-        path = folder / TIKTOKEN_FILE
-        lines = (f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(self._pieces))
-        write_text(path, "".join(lines))
-        return path
+
+def transformers_ids(path: Path) -> dict[str, int]:
+    """Every token of a transformers Emu3's ``tokenizer.json``, text pieces and specials, as it spells them.
+
+    Raises:
+        EmulusError: The file is missing or damaged, or has not Emu3's specials.
+    """
+    values = read_json(path)
+    model = values.get("model") if isinstance(values, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = dict(vocab) if isinstance(vocab, dict) else {}
+    added = values.get("added_tokens") if isinstance(values, dict) else None
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            ids[token["content"]] = token.get("id")
+    if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids.values()):
+        raise EmulusError(f"{path}: its ids are not all whole numbers; restore the file")
+    if _FIRST_SPECIAL not in ids:
+        raise EmulusError(f"{path}: it has no {_FIRST_SPECIAL}, so it is not Emu3's; restore the file")
+    return ids
 
 
-def _byte_letters() -> list[str]:
+def _pieces(names: Mapping[int, str]) -> list[bytes]:
+    """The bytes of every id of a tokenizer.json, given how it writes them."""
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    try:
+        return [bytes(byte_of[letter] for letter in names[id]) for id in range(len(names))]
+    except KeyError as error:
+        raise EmulusError(
+            f"it is not byte-level with ids 0, 1, 2, ... ({error} is unknown); give a file that is"
+        ) from None
+
+
+def byte_letters() -> list[str]:
     """The letter that writes each byte in a tokenizer.json: itself if printable, else one from U+0100 on.
 
     Source: GPT-2's ``bytes_to_unicode``.

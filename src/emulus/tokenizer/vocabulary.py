@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
 from emulus.errors import EmulusError
@@ -31,6 +32,23 @@ _NATIVE_NAMES = {
     "boa": "<|action start|>",
     "eoa": "<|action end|>",
 }
+
+EMU3_5_MARKS: Mapping[str, str] = MappingProxyType(
+    {
+        "tms": "<|extra_202|>",
+        "bss": "<|extra_100|>",
+        "ess": "<|extra_101|>",
+        "bog": "<|extra_60|>",
+        "eog": "<|extra_61|>",
+        "boc": "<|extra_50|>",
+        "eoc": "<|extra_51|>",
+    }
+)
+"""Emu3.5's names for specials that it uses beside the format's own: BSS stands before an answer and ESS after it,
+BOG and EOG enclose the thoughts on the whole of it, BOC and EOC those on one picture; TMS is only named.
+
+Source: baaivision/Emu3.5, configs/config.py.
+"""
 
 
 class SurfaceNames(Mapping[str, int]):
@@ -134,6 +152,12 @@ class Vocabulary:
         """Length of the whole id space: one more than the largest id."""
         last_special = max(self._surfaces.named.values())
         return max(last_special + 1, self.text_size, self.visual_range[1], self.action_range[1])
+
+    @property
+    def marks(self) -> dict[str, int]:
+        """The specials without a role, by surface string: what a document's ``Special`` can be."""
+        roles = set(self.specials.values())
+        return {name: id for name, id in self._surfaces.named.items() if id not in roles}
 
     @property
     def pad(self) -> int:
@@ -255,7 +279,7 @@ class Vocabulary:
         """The released Emu3 ids: 151,643 text ids, 211 specials, 32,768 visual ids; 184,622 in all.
 
         Args:
-            visual_size: 131,072 gives the ids of Emu3.5, which differ in this alone.
+            visual_size: Another codebook's size, with everything before the visual ids as released.
 
         Source: baaivision/Emu3, emu3/mllm/tokenization_emu3.py.
         """
@@ -281,6 +305,16 @@ class Vocabulary:
             visual_size=visual_size,
             special_names=ids,
         )
+
+    @classmethod
+    def emu3_5(cls) -> Vocabulary:
+        """The released Emu3.5 ids: Emu3's, with 131,072 visual ids; 282,926 in all.
+
+        What some of Emu3's unused specials mean there is in :data:`EMU3_5_MARKS`.
+
+        Source: baaivision/Emu3.5, src/tokenizer_emu3_ibq/tokenization_emu3.py.
+        """
+        return cls.emu3(visual_size=131_072)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that :meth:`from_dict` reads back."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from emulus.errors import EmulusError
+from emulus.layouts.names import shape_in_transformers, vision_to_transformers
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.weights import load_vision_tokenizer, save_vision_tokenizer
 
@@ -57,7 +58,11 @@ def test_transformers_agrees(small: VisionTokenizer) -> None:
         num_attention_heads=1,
     )
     theirs = emu3.Emu3VQVAE(config).eval()
-    theirs.load_state_dict({_their_name(name): _squeeze(name, value) for name, value in small.state_dict().items()})
+    state = {
+        vision_to_transformers(name): value.view(shape_in_transformers(name, tuple(value.shape)))
+        for name, value in small.state_dict().items()
+    }
+    theirs.load_state_dict(state)
     clip = torch.rand(2, 8, 3, 24, 16) * 2 - 1
     image = clip[:, 0]
     for pixels in (image, clip):
@@ -68,25 +73,6 @@ def test_transformers_agrees(small: VisionTokenizer) -> None:
         with torch.no_grad():
             painted = theirs.decode(codes)
         torch.testing.assert_close(small.decode(codes), painted, atol=1e-4, rtol=0)
-
-
-def _their_name(name: str) -> str:
-    """Our (the released) parameter name in transformers' words."""
-    for level in ("down", "up"):
-        name = name.replace(f".{level}.", f".{level}_block.{level}.")
-    name = name.replace(".mid.attn_1.norm.", ".mid.attn_norm.").replace(".mid.", ".middle_block.")
-    parts = name.split(".")
-    if "attn" in parts and "norm" in parts:
-        place = parts.index("attn")
-        parts[place] = "attn_norms"
-        parts.remove("norm")
-    renamed = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj_out": "out_proj"}
-    return ".".join(renamed.get(part, part) for part in parts)
-
-
-def _squeeze(name: str, value: torch.Tensor) -> torch.Tensor:
-    is_projection = name.split(".")[-2] in ("q", "k", "v", "proj_out")
-    return value.flatten(1) if is_projection and value.ndim == 4 else value
 
 
 def test_released_size() -> None:
