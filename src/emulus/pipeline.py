@@ -7,17 +7,27 @@ Captioning runs the same path from the other end. No function here knows more of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from PIL import Image as PILImage
 from torch import Tensor
 
-from emulus.bundle import Bundle, GenerationDefaults, load_bundle, save_bundle
+from emulus import __version__
+from emulus.bundle import (
+    Bundle,
+    GenerationDefaults,
+    Preset,
+    load_bundle,
+    load_default_vision,
+    preset_called,
+    save_bundle,
+)
 from emulus.engine import Engine, Frame, Request, Result, Row, Token
 from emulus.errors import EmulusError, at_least
 from emulus.log import progress_bar
@@ -25,37 +35,70 @@ from emulus.media import (
     Clip,
     clip_to_pixels,
     fit,
+    generation_size,
     image_to_pixels,
     pixels_to_clip,
     pixels_to_image,
     read_image,
     read_media,
     resample,
+    resize,
+    smart_resize,
 )
 from emulus.model import Decoder
+from emulus.model.quantize import Quantization
 from emulus.sampling import SamplingParams
-from emulus.sequence import Grammar, Image, Prompt, Video, templates
+from emulus.sequence import Grammar, Image, Prompt, Turn, Video, templates
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer
 
 MediaSource = str | Path | bytes | PILImage.Image | Clip
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = torch.float32) -> Emulus:
-    """Load a model.
+def load(
+    path: str | Path,
+    *,
+    vision: str | Path | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | str | None = "auto",
+    quantize: Quantization | None = None,
+    max_memory: Mapping[str, int] | None = None,
+    revision: str | None = None,
+    compat: Literal["released"] | None = None,
+) -> Emulus:
+    """Load a model: ours, a released Emu3 checkpoint or one of transformers, from a folder or from the hub.
 
     Args:
-        path: A model's folder, or a training run's (its newest model).
-        device: ``auto``, ``cpu``, ``cuda`` ...
-        dtype: Of the decoder; float32 is the fastest and most exact on most CPUs, bfloat16 is for GPUs.
+        path: A model's folder, a training run's (its newest model), or a name on the hub (``BAAI/Emu3-Gen``,
+            ``BAAI/Emu3-Gen@REVISION``).
+        vision: Where the vision tokenizer is, if not there. For a released decoder that has none beside it, the
+            released one is fetched when it is needed.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` spreads a decoder over all GPUs, and over the CPU what they
+            cannot hold.
+        dtype: Of the decoder: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32, on a GPU bfloat16 for large
+            models; ``None`` keeps the file's.
+        quantize: ``int8`` or ``int4`` for the decoder's projections.
+        max_memory: Bytes that the decoder may take on each device (``{"cuda:0": 20 * 2**30, "cpu": ...}``).
+        revision: Branch, tag or commit of a model on the hub.
+        compat: ``released`` repeats what the released code does where Emulus knows better: specials in a user's text
+            become specials, narrow and several pictures follow its rule, a batch may be padded.
 
     Returns:
         The model; a folder may hold only a part of one.
 
     Raises:
-        EmulusError: There is no model, or it is damaged.
+        EmulusError: There is no model, it is damaged, or it does not fit into memory.
     """
-    return Emulus(load_bundle(path, device=device, dtype=dtype))
+    bundle = load_bundle(
+        path,
+        vision=vision,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        max_memory=max_memory,
+        revision=revision,
+    )
+    return Emulus(bundle, compat=compat, device=device)
 
 
 class Emulus:
@@ -64,8 +107,17 @@ class Emulus:
     Every random result depends on its seed alone: not on the batch, nor on what was asked before.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, compat: Literal["released"] | None = None, device: str = "auto") -> None:
+        """Put the parts together.
+
+        Args:
+            bundle: The parts.
+            compat: As for :func:`load`.
+            device: Where a vision tokenizer that is fetched later shall lie.
+        """
         self.bundle = bundle
+        self.compat = compat
+        self._device = device
 
     # The parts. Each says what is missing when the folder had only some of them.
 
@@ -74,9 +126,11 @@ class Emulus:
         """ids -> logits."""
         return _present(self.bundle.decoder, "decoder")
 
-    @property
+    @cached_property
     def vision(self) -> VisionTokenizer:
-        """pixels <-> codes."""
+        """pixels <-> codes; fetched now if the decoder's folder lacks the one it was trained with."""
+        if self.bundle.vision is None and self.bundle.default_vision is not None:
+            return load_default_vision(self.bundle, self._device)
         return _present(self.bundle.vision, "vision tokenizer")
 
     @property
@@ -89,10 +143,16 @@ class Emulus:
         """What calls get that do not say otherwise."""
         return self.bundle.defaults
 
+    @property
+    def preset(self) -> Preset:
+        """The prompts and sequences that the decoder was trained with."""
+        return preset_called(self.bundle.preset)
+
     @cached_property
     def grammar(self) -> Grammar:
         """documents <-> ids."""
-        return Grammar(_present(self.bundle.vocabulary, "vocabulary"), self.text)
+        vocabulary = _present(self.bundle.vocabulary, "vocabulary")
+        return Grammar(vocabulary, self.text, self.preset.layout, compat=self.compat)
 
     @cached_property
     def engine(self) -> Engine:
@@ -102,6 +162,50 @@ class Emulus:
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write every part to a folder that :func:`load` takes; ``dtype`` is the decoder's on disk."""
         save_bundle(self.bundle, Path(folder), dtype=dtype)
+
+    # Prompts.
+
+    def drawing_prompt(
+        self, text: str, *, ratio: str = "1:1", image_area: int | None = None
+    ) -> tuple[list[int], tuple[int, int]]:
+        """The ids that ask for a picture, up to where its codes begin.
+
+        Args:
+            text: What it shows; also what guidance leads away from.
+            ratio: ``"width:height"``.
+            image_area: Pixels; the model's own by default.
+
+        Returns:
+            The ids, and the picture's rows and columns of codes.
+
+        Raises:
+            EmulusError: The ratio or area is none.
+        """
+        h, w = self._cells(None, None, ratio, image_area)
+        return templates.draw(self.grammar, text, h, w, wording=self.preset.wording).ids, (h, w)
+
+    def understanding_prompt(
+        self,
+        text: str,
+        images: Sequence[MediaSource] = (),
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> list[int]:
+        """The ids that ask a question about pictures, up to where the answer begins.
+
+        Args:
+            text: The question.
+            images: Any number of pictures or clips.
+            min_pixels: Smaller pictures are scaled up to this area; the model's own by default.
+            max_pixels: Larger ones are scaled down to this one.
+
+        Raises:
+            EmulusError: A picture cannot be read or has an impossible shape.
+        """
+        media = self.encode_all(images, min_pixels=min_pixels, max_pixels=max_pixels)
+        turn = Turn(text=text, media=tuple(media))
+        return templates.converse(self.grammar, [turn], wording=self.preset.wording).ids
 
     # Drawing and animating.
 
@@ -113,45 +217,59 @@ class Emulus:
         self,
         prompts: Sequence[str],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        ratio: str | Sequence[str] | None = None,
+        image_area: int | None = None,
         seed: int = 0,
         num_images_per_prompt: int = 1,
         **sampling: Any,
     ) -> list[PILImage.Image]:
-        """Draw pictures, all in one batch.
+        """Draw pictures, all in one batch; each is what it would be by itself.
 
         Args:
             prompts: What each picture shows.
-            negative_prompt: What guidance leads away from; empty is "nothing in particular".
+            negative_prompt: What guidance leads away from, "" for nothing in particular; the model's own by default.
             height: In pixels, a multiple of the vision tokenizer's factor; the model's own by default.
             width: Likewise.
+            ratio: ``"width:height"`` instead of height and width, one for all or one for each prompt.
+            image_area: Pixels of a picture of this ratio; the model's own by default.
             seed: Picture ``i`` of a prompt has seed ``seed + i``.
             num_images_per_prompt: How many pictures of each prompt, which follow one another in the result.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale``.
 
         Returns:
-            RGB pictures.
+            RGB pictures. How each was made is in its ``info["emulus"]``, as JSON; PNG files keep that.
 
         Raises:
             EmulusError: An empty prompt, a size that does not fit the model, or a value out of range.
         """
         at_least(1, num_images_per_prompt=num_images_per_prompt)
-        requests = []
-        for prompt in prompts:
-            drawn = self._drawing(prompt, negative_prompt, height, width)
-            requests += [self._request(drawn, seed + i, **sampling) for i in range(num_images_per_prompt)]
-        codes = torch.stack([self._medium(request).codes for request in self._finish(requests)])
-        return [pixels_to_image(pixels) for pixels in self._paint(codes)]
+        ratios = [ratio] * len(prompts) if ratio is None or isinstance(ratio, str) else list(ratio)
+        if len(ratios) != len(prompts):
+            raise EmulusError(f"{len(ratios)} ratios are given for {len(prompts)} prompts; give one, or one for each")
+        requests, notes = [], []
+        for prompt, shape in zip(prompts, ratios, strict=True):
+            drawn = self._drawing(prompt, negative_prompt, height, width, shape, image_area)
+            for number in range(num_images_per_prompt):
+                requests.append(self._request(drawn, seed + number, **sampling))
+                notes.append({"prompt": prompt, "negative_prompt": self._negative(negative_prompt)})
+        media = [self._medium(ids) for ids in self._finish(requests)]
+        pictures = [pixels_to_image(self._paint(medium.codes[None])[0]) for medium in media]
+        for picture, request, note in zip(pictures, requests, notes, strict=True):
+            picture.info["emulus"] = self._record(picture, request, note)
+        return pictures
 
     def stream_image(
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        ratio: str | None = None,
+        image_area: int | None = None,
         seed: int = 0,
         **sampling: Any,
     ) -> Iterator[PILImage.Image]:
@@ -159,7 +277,8 @@ class Emulus:
 
         Arguments as in :meth:`generate_images`. The last picture is the finished one. Closing the iterator stops.
         """
-        request = self._request(self._drawing(prompt, negative_prompt, height, width), seed, **sampling)
+        drawing = self._drawing(prompt, negative_prompt, height, width, ratio, image_area)
+        request = self._request(drawing, seed, **sampling)
         factor = self.vision.config.spatial_factor
         rows: list[Tensor] = []
         for event in self.engine.stream(request):
@@ -176,7 +295,7 @@ class Emulus:
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -204,7 +323,7 @@ class Emulus:
         self,
         prompts: Sequence[str],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -270,7 +389,7 @@ class Emulus:
             seen = frames if len(frames) < window * factor else frames[-(window // 2) * factor :]
             video = self._encode_clip(Clip(tuple(seen), start.fps))
             end = min(window, len(video.codes) + (total - len(frames)) // factor)
-            asked = templates.continue_video(self.grammar, prompt, video, end)
+            asked = templates.continue_video(self.grammar, prompt, video, end, wording=self.preset.wording)
             (ids,) = self._finish([self._request(asked, seed, **sampling)])
             frames += self._clip(self._medium(ids)).frames[len(seen) :]
             # The next window's positions are the same again; the same noise would repeat what they drew.
@@ -284,20 +403,65 @@ class Emulus:
         return self.describe_all([media], **options)[0]
 
     def describe_all(self, media: Sequence[MediaSource], *, seed: int = 0, **sampling: Any) -> list[str]:
-        """Write a caption for each picture or clip, all in one batch.
+        """Write a caption for each picture or clip, all in one batch; each is what it would be by itself.
 
         Args:
-            media: Files, bytes, pictures or clips, brought to the model's size.
+            media: Files, bytes, pictures or clips, brought to a size that the model takes.
             seed: Of every caption; it matters at a temperature above 0.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale`` (1 by default), ``max_new_tokens``.
         """
-        prompts = [templates.caption(self.grammar, self.encode(medium)) for medium in media]
+        prompts = [
+            templates.caption(self.grammar, medium, wording=self.preset.wording) for medium in self.encode_all(media)
+        ]
         return self._write(prompts, seed, sampling)
 
-    def answer(self, media: MediaSource, question: str, *, seed: int = 0, **sampling: Any) -> str:
-        """Answer a question about a picture or clip; sampling as in :meth:`describe_all`."""
+    def answer(
+        self, media: MediaSource | Sequence[MediaSource], question: str, *, seed: int = 0, **sampling: Any
+    ) -> str:
+        """Answer a question about a picture or clip, or about several; sampling as in :meth:`describe_all`."""
+        shown = [media] if isinstance(media, MediaSource) else list(media)
         _check_prompt(question)
-        return self._write([templates.answer(self.grammar, self.encode(media), question)], seed, sampling)[0]
+        turn = Turn(text=question, media=tuple(self.encode_all(shown)))
+        return self._write([templates.converse(self.grammar, [turn], wording=self.preset.wording)], seed, sampling)[0]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, seed: int = 0, **sampling: Any) -> str:
+        """Give the next answer of a conversation.
+
+        Args:
+            messages: In order, each ``{"role": "user", "content": ...}`` with role ``system`` (first, if at all),
+                ``user`` or ``assistant``. The content is text, or a list of ``{"type": "text", "text": ...}``,
+                ``{"type": "image", "image": ...}`` and ``{"type": "video", "video": ...}``, where pictures and clips
+                are files, bytes, pictures or clips.
+            seed: Matters at a temperature above 0.
+            sampling: As in :meth:`describe_all`.
+
+        Raises:
+            EmulusError: The messages do not alternate, the last is not the user's, or a content is of no known kind.
+        """
+        system, turns = self._turns(messages)
+        return self._write(
+            [templates.converse(self.grammar, turns, system=system, wording=self.preset.wording)], seed, sampling
+        )[0]
+
+    def _turns(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[Turn]]:
+        system: str | None = None
+        turns: list[Turn] = []
+        for index, message in enumerate(messages):
+            role = message.get("role")
+            text, shown = _content(message.get("content"))
+            open_turn = bool(turns) and turns[-1].answer is None
+            if role == "system" and index == 0 and not shown:
+                system = text
+            elif role == "user" and not open_turn:
+                turns.append(Turn(text=text, media=tuple(self.encode_all(shown))))
+            elif role == "assistant" and open_turn and not shown:
+                turns[-1] = dataclasses.replace(turns[-1], answer=text)
+            else:
+                raise EmulusError(
+                    f"message {index + 1} of the conversation has role {role!r}: after a system message in words, if "
+                    "any, 'user' and 'assistant' (in words) alternate, and the last is the user's"
+                )
+        return system, turns
 
     def _write(self, prompts: Sequence[Prompt], seed: int, sampling: dict[str, Any]) -> list[str]:
         own = {
@@ -316,21 +480,63 @@ class Emulus:
     # pixels <-> codes, for media of any size.
 
     def encode(self, media: MediaSource) -> Image | Video:
-        """A picture or clip as codes, after bringing it to the model's own size and frame rate.
+        """A picture or clip as codes; see :meth:`encode_all`."""
+        return self.encode_all([media])[0]
 
-        Of a clip, at most as many frames as the model's own clips have are taken, from the start.
+    def encode_all(
+        self,
+        media: Sequence[MediaSource],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        padding_image: bool = False,
+    ) -> list[Image | Video]:
+        """Pictures and clips as codes, each by itself: what is beside it changes nothing.
+
+        A model of one size gets pictures of that size, scaled and cropped; others get them at their own aspect, scaled
+        into the allowed areas. Clips are brought to the model's own size and frame rate, and at most as many frames as
+        the model's own clips have are taken, from the start.
+
+        Args:
+            media: Files, bytes, pictures or clips.
+            min_pixels: Smaller pictures are scaled up to this area; the model's own by default.
+            max_pixels: Larger ones are scaled down to this one; likewise.
+            padding_image: With ``compat="released"``: encode pictures of unlike sizes in one batch, padded with grey at
+                the right and below, as the released option of this name does. Their codes depend on one another then.
 
         Raises:
-            EmulusError: It cannot be read, or the clip is shorter than one code in time.
+            EmulusError: One cannot be read, or a clip is shorter than one code in time.
         """
-        fitted = self._fitted(media, self.defaults.num_frames)
-        if isinstance(fitted, Clip):
-            return self._encode_clip(fitted)
-        pixels = image_to_pixels(fitted)
+        if padding_image and self.compat != "released":
+            raise EmulusError("padding_image moves codes; load the model with compat='released' if you want that")
+        fitted = [self._fitted(medium, self.defaults.num_frames, min_pixels, max_pixels) for medium in media]
+        pictures = [picture for picture in fitted if not isinstance(picture, Clip)]
+        if padding_image and len(pictures) == len(fitted) > 1:
+            return list(self._encode_padded(pictures))
+        return [self._encode_clip(each) if isinstance(each, Clip) else self._encode_picture(each) for each in fitted]
+
+    def _encode_picture(self, picture: PILImage.Image) -> Image:
+        pixels = image_to_pixels(picture)
         return Image(self.vision.encode(pixels[None].to(self.vision.device))[0].cpu())
 
-    def _fitted(self, media: MediaSource, max_frames: int | None = None) -> PILImage.Image | Clip:
-        """A picture, or a clip cut to whole codes in time, at the model's size and frame rate."""
+    def _encode_padded(self, pictures: Sequence[PILImage.Image]) -> Iterable[Image]:
+        factor = self.vision.config.spatial_factor
+        height, width = (max(getattr(picture, side) for picture in pictures) for side in ("height", "width"))
+        batch = torch.zeros(len(pictures), 3, height, width)
+        for row, picture in zip(batch, pictures, strict=True):
+            row[:, : picture.height, : picture.width] = image_to_pixels(picture)
+        codes = self.vision.encode(batch.to(self.vision.device)).cpu()
+        for grid, picture in zip(codes, pictures, strict=True):
+            yield Image(grid[: picture.height // factor, : picture.width // factor])
+
+    def _fitted(
+        self,
+        media: MediaSource,
+        max_frames: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> PILImage.Image | Clip:
+        """A picture, or a clip cut to whole codes in time, at a size that the model takes."""
         height, width, fps = self.defaults.height, self.defaults.width, self.defaults.fps
         if isinstance(media, Clip):
             media = resample(media, fps)
@@ -339,7 +545,13 @@ class Emulus:
         else:
             media = read_media(media, fps=fps, max_frames=max_frames)
         if not isinstance(media, Clip):
-            return fit(media, height, width)
+            least = self.defaults.min_pixels if min_pixels is None else min_pixels
+            most = self.defaults.max_pixels if max_pixels is None else max_pixels
+            if not most:
+                return fit(media, height, width)
+            factor = self.vision.config.spatial_factor
+            sides = smart_resize(media.height, media.width, factor=factor, min_pixels=least, max_pixels=most)
+            return resize(media, *sides)
         factor = self.vision.config.temporal_factor
         frames = media.frames[:max_frames]
         whole = frames[: len(frames) // factor * factor]
@@ -367,21 +579,44 @@ class Emulus:
 
     # Requests.
 
-    def _drawing(self, prompt: str, negative: str, height: int | None, width: int | None) -> Prompt:
+    def _drawing(
+        self,
+        prompt: str,
+        negative: str | None,
+        height: int | None,
+        width: int | None,
+        ratio: str | None = None,
+        image_area: int | None = None,
+    ) -> Prompt:
         _check_prompt(prompt)
-        h, w = self._cells(height, width)
-        asked, away = (templates.draw(self.grammar, text, h, w) for text in (prompt, negative))
-        return dataclasses.replace(asked, null_ids=away.ids)
+        h, w = self._cells(height, width, ratio, image_area)
+        wording = self.preset.wording
+        return templates.draw(self.grammar, prompt, h, w, negative=self._negative(negative), wording=wording)
 
     def _animation(
-        self, prompt: str, negative: str, height: int | None, width: int | None, frames: int | None, fps: float | None
+        self,
+        prompt: str,
+        negative: str | None,
+        height: int | None,
+        width: int | None,
+        frames: int | None,
+        fps: float | None,
     ) -> Prompt:
         _check_prompt(prompt)
         h, w = self._cells(height, width)
         t = self._code_frames(self.defaults.num_frames if frames is None else frames)
         rate = self.defaults.fps if fps is None else fps
-        asked, away = (templates.animate(self.grammar, text, t, h, w, rate) for text in (prompt, negative))
-        return dataclasses.replace(asked, null_ids=away.ids)
+        away, wording = self._negative(negative), self.preset.wording
+        return templates.animate(self.grammar, prompt, t, h, w, rate, negative=away, wording=wording)
+
+    def _negative(self, given: str | None) -> str:
+        return self.defaults.negative_prompt if given is None else given
+
+    def _record(self, picture: PILImage.Image, request: Request, note: Mapping[str, Any]) -> str:
+        """How a picture was made, as JSON."""
+        size = {"height": picture.height, "width": picture.width}
+        made_by = {"model": self.bundle.source, "emulus": __version__}
+        return json.dumps({**note, **size, **dataclasses.asdict(request.params), **made_by}, ensure_ascii=False)
 
     def _request(self, prompt: Prompt, seed: int, **sampling: Any) -> Request:
         defaults = {name: getattr(self.defaults, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
@@ -405,11 +640,22 @@ class Emulus:
 
     def _medium(self, ids: Sequence[int]) -> Image | Video:
         """The last picture or clip of a sequence."""
-        segments = self.grammar.parse(ids).document.segments
-        return next(segment for segment in reversed(segments) if isinstance(segment, Image | Video))
+        # What stands before it was given, and is not looked at: with compat a text may hold any special.
+        start = max(place for place, id in enumerate(ids) if id == self.grammar.vocabulary.boi)
+        (medium,) = self.grammar.parse(ids[start:]).document.segments
+        assert isinstance(medium, Image | Video), "BOI begins a medium"
+        return medium
 
-    def _cells(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor = self.vision.config.spatial_factor
+    def _cells(
+        self, height: int | None, width: int | None, ratio: str | None = None, image_area: int | None = None
+    ) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        factor = self._spatial_factor()
+        if ratio is not None or image_area is not None:
+            if height is not None or width is not None:
+                raise EmulusError("give height and width, or ratio and image_area, not both")
+            area = self.defaults.height * self.defaults.width if image_area is None else image_area
+            return generation_size(ratio or "1:1", area, factor=factor)
         sides = {
             "height": self.defaults.height if height is None else height,
             "width": self.defaults.width if width is None else width,
@@ -419,6 +665,12 @@ class Emulus:
                 near = max(round(side / factor), 1) * factor
                 raise EmulusError(f"{name} must be a multiple of {factor}, got {side}; the nearest is {near}")
         return sides["height"] // factor, sides["width"] // factor
+
+    def _spatial_factor(self) -> int:
+        """Pixels per code along a side; a released decoder's is known without its vision tokenizer."""
+        if self.bundle.vision is None and self.preset.spatial_factor is not None:
+            return self.preset.spatial_factor
+        return self.vision.config.spatial_factor
 
     def _code_frames(self, num_frames: int) -> int:
         factor = self.vision.config.temporal_factor
@@ -432,6 +684,28 @@ def _present(part: Any, name: str) -> Any:
     if part is None:
         raise EmulusError(f"this model has no {name}: its folder does not hold one")
     return part
+
+
+def _content(content: Any) -> tuple[str, list[MediaSource]]:
+    """Text and media of a message."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
+        raise EmulusError("a message's content is text, or a list of {'type': 'text', 'text': ...} and the like")
+    texts: list[str] = []
+    media: list[MediaSource] = []
+    for part in parts:
+        kind = part.get("type")
+        value = part.get(kind) if isinstance(kind, str) else None
+        if kind == "text" and isinstance(value, str):
+            texts.append(value)
+        elif kind in ("image", "video") and isinstance(value, MediaSource):
+            media.append(value)
+        else:
+            raise EmulusError(
+                f"a part of a message is of type {kind!r} with {type(value).__name__} in it; give 'text' with words, "
+                "or 'image' or 'video' with a file, bytes, a picture or a clip"
+            )
+    return " ".join(texts), media
 
 
 def _check_prompt(prompt: str) -> None:

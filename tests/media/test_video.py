@@ -121,9 +121,10 @@ def test_merged_frames_come_back(
     path = tmp_path_factory.mktemp("clip") / f"clip.{suffix}"
     write_video(clip_of(indices, fps), path)
     assert numbers(read_video(path, fps=fps)) == indices
-    own = read_video(path)
-    assert numbers(own) == indices
-    assert own.fps == fps
+    if suffix == "webp" or 100 % fps == 0:  # a GIF counts in hundredths, so a short one cannot say another rate
+        own = read_video(path)
+        assert numbers(own) == indices
+        assert own.fps == fps
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])

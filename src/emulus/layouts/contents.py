@@ -70,11 +70,14 @@ def inspect_folder(folder: Path) -> Contents:
 
     Args:
         folder: In our layout, the released one or that of transformers; or a training run's, whose newest model counts.
+            One with nothing but the released text vocabulary is fine too.
 
     Raises:
         EmulusError: It is none of these, a file is missing or damaged, the tensors are not those of the config, or the
             parts are from different models.
     """
+    if (folder / EMU3_FILE).is_file() and not (folder / CONFIG).exists():
+        return _released_text(folder)
     folder = find_model(folder)
     values = _mapping(folder / CONFIG)
     kind = values.get("model_type")
@@ -144,7 +147,7 @@ def _released_decoder(folder: Path, values: Mapping[str, Any]) -> Contents:
     qk_norm = any(name.endswith(".q_norm.weight") for name in tensors)
     decoder = _config(folder, lambda: configs.decoder_from_released(values, qk_norm=qk_norm))
     ids = configs.role_ids(values)
-    vocabulary = _released_vocabulary(folder) or known(decoder.vocab_size)
+    vocabulary = _released_vocabulary(folder, decoder.vocab_size)
     if vocabulary is not None:
         _config(folder, lambda: check_roles(vocabulary, ids))
     area = values.get("image_area")
@@ -163,14 +166,27 @@ def _released_decoder(folder: Path, values: Mapping[str, Any]) -> Contents:
     )
 
 
-def _released_vocabulary(folder: Path) -> Vocabulary | None:
+def _released_text(folder: Path) -> Contents:
+    """A folder with the text vocabulary alone; its preset is that of the vocabulary."""
+    vocabulary = _released_vocabulary(folder, Vocabulary.emu3().size)
+    preset = "emu3" if vocabulary is None or vocabulary.size == Vocabulary.emu3().size else "emu3.5"
+    return Contents(
+        folder=folder, layout="released", vocabulary=vocabulary, text_file=folder / EMU3_FILE, preset=preset
+    )
+
+
+def _released_vocabulary(folder: Path, size: int) -> Vocabulary | None:
+    """The id table that the text files of a folder give, or that of the published model of this size."""
     text, lines = folder / EMU3_FILE, folder / VISION_TOKENS_FILE
+    published = known(size)
     if not text.exists() and not lines.exists():
-        return None
+        return published
+    text_size = sum(1 for line in text.read_bytes().splitlines() if line.strip()) if text.exists() else 0
+    if not lines.exists() and published is not None and published.text_size == text_size:
+        return published
     for path, other in ((text, lines), (lines, text)):
         if not path.exists():
             raise EmulusError(f"{path} is missing; {other.name} beside it says nothing without it: fetch it too")
-    text_size = sum(1 for line in text.read_bytes().splitlines() if line.strip())
     try:
         return from_lines(text_size, lines.read_text(encoding="utf-8").splitlines())
     except UnicodeDecodeError:

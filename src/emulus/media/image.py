@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emulus.errors import EmulusError, did_you_mean
@@ -128,6 +129,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def write_image(image: Image.Image, path: str | Path) -> None:
     """Write a picture atomically, as PNG (exact), WebP or JPEG (lossy, high quality) by its suffix.
 
+    How a drawn picture was made (its ``info["emulus"]``) goes into a PNG.
+
     Args:
         image: Any mode; what is not RGB is converted by :func:`to_rgb`, on white.
         path: Ends in ``.png``, ``.webp``, ``.jpg`` or ``.jpeg``.
@@ -138,6 +141,10 @@ def write_image(image: Image.Image, path: str | Path) -> None:
     path = Path(path)
     kind, options = by_suffix(path, WRITABLE)
     content = BytesIO()
+    if kind == "PNG" and "emulus" in image.info:
+        record = PngInfo()
+        record.add_itxt("emulus", str(image.info["emulus"]))
+        options = {**options, "pnginfo": record}
     with encoding(path):
         as_rgb(image).save(content, kind, **options)
     write_content(path, content)

@@ -10,7 +10,17 @@ from emulus.errors import EmulusError
 from emulus.files import read_json, write_json
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.model import VisionTokenizer
-from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_model, find_tensors, save_tensors
+from emulus.weights import (
+    CONFIG,
+    WEIGHTS,
+    Tensors,
+    check_shapes,
+    fill,
+    find_model,
+    find_tensors,
+    on_meta,
+    save_tensors,
+)
 
 
 def save_vision_tokenizer(model: VisionTokenizer, folder: Path) -> None:
@@ -39,9 +49,24 @@ def load_vision_tokenizer(folder: Path, device: torch.device | str = "cpu") -> V
     if not isinstance(values, dict):
         raise EmulusError(f"{folder / CONFIG} is not a config: it holds no keys and values")
     config = VisionTokenizerConfig.from_dict(values)
-    with torch.device("meta"):
-        model = VisionTokenizer(config)
-    tensors = find_tensors(folder)
+    return load_vision_tokenizer_from(config, find_tensors(folder), device, folder=folder)
+
+
+def load_vision_tokenizer_from(
+    config: VisionTokenizerConfig, tensors: Tensors, device: torch.device | str = "cpu", *, folder: Path = Path()
+) -> VisionTokenizer:
+    """Read a vision tokenizer, in eval mode and float32, from tensors found under our names.
+
+    Args:
+        config: Its shape.
+        tensors: Where its tensors are stored.
+        device: Where it shall lie.
+        folder: Where all this comes from, for messages.
+
+    Raises:
+        EmulusError: The weights are not those of the config, or a file is damaged.
+    """
+    model = on_meta(lambda: VisionTokenizer(config))
     check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, tensors)
     fill(model, tensors, dtype=torch.float32, device=device)
     return model.eval()
