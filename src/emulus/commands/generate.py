@@ -6,30 +6,64 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 import emulus
 from emulus.errors import EmulusError
 from emulus.media import check_writable, write_image, write_video
+from emulus.model.quantize import Quantization
 
 Options = TypeVar("Options")
 MODEL = Path("checkpoints/emoji")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class ModelOptions:
+    """Which model, and how it is loaded.
+
+    Attributes:
+        model: A model's folder, a training run's, or a name on the hub such as BAAI/Emu3-Gen.
+        vision: Folder or name of the vision tokenizer, if the model has none.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        dtype: Of the decoder's weights; ``auto`` is float32, on a GPU bfloat16 for large models.
+        quantize: Fewer bits for most of the decoder's weights.
+        compat: ``released`` repeats the released code where Emulus does better.
+    """
+
+    model: str = str(MODEL)
+    vision: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Quantization | None = None
+    compat: Literal["released"] | None = None
+
+    def load(self) -> emulus.Emulus:
+        """The model."""
+        return emulus.load(
+            self.model,
+            vision=self.vision,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            compat=self.compat,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions):
     """Draw a picture, or a clip.
 
     Attributes:
         prompt: What it shows.
-        model: A model's folder or a training run's.
         out: The file to write; its ending chooses the format (.png .jpg .webp, for clips .webp .mp4 .gif .webm).
         video: A clip instead of a picture.
-        negative_prompt: What to lead away from.
+        negative_prompt: What to lead away from; the model's own by default.
         height: In pixels; the model's own size by default.
         width: In pixels.
+        ratio: Instead of both, width:height such as 16:9, of as many pixels as the model draws or ``image_area``.
+        image_area: In pixels.
         num_frames: Length of a clip.
         fps: Frame rate of a clip.
         seed: The same seed gives the same picture.
@@ -38,16 +72,16 @@ class GenerateOptions:
         temperature: 0 takes the likeliest id each time.
         top_k: Choose among this many likeliest ids.
         top_p: Choose among the likeliest ids of this total probability.
-        device: ``auto``, ``cpu``, ``cuda`` ...
     """
 
     prompt: Annotated[str, tyro.conf.Positional]
-    model: Path = MODEL
     out: Path | None = None
     video: bool = False
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+    ratio: str | None = None
+    image_area: int | None = None
     num_frames: int | None = None
     fps: float | None = None
     seed: int = 0
@@ -56,37 +90,33 @@ class GenerateOptions:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DescribeOptions:
-    """Write a caption, or answer a question.
+class DescribeOptions(ModelOptions):
+    """Write captions, or answer a question.
 
     Attributes:
-        file: A picture or clip.
-        question: Answer this instead of writing a caption.
-        model: A model's folder or a training run's.
+        file: Pictures or clips. Each gets a caption; a question is about all of them.
+        question: Answer this instead of writing captions.
+        max_new_tokens: Longest caption or answer.
         seed: Matters at a temperature above 0.
         temperature: 0 takes the likeliest id each time.
-        device: ``auto``, ``cpu``, ``cuda`` ...
     """
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[tuple[Path, ...], tyro.conf.Positional]
     question: str | None = None
-    model: Path = MODEL
+    max_new_tokens: int | None = None
     seed: int = 0
     temperature: float | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContinueOptions:
+class ContinueOptions(ModelOptions):
     """Go on with a clip.
 
     Attributes:
         file: The clip.
-        model: A model's folder or a training run's.
         out: The file to write; its ending chooses the format (.webp .mp4 .gif .webm).
         prompt: What the clip shows, if known.
         num_frames: Length of the result, the given frames included; twice the given ones by default.
@@ -94,11 +124,9 @@ class ContinueOptions:
         guidance_scale: How strongly to follow the prompt; 1 is unguided.
         temperature: 0 takes the likeliest id each time.
         top_k: Choose among this many likeliest ids.
-        device: ``auto``, ``cpu``, ``cuda`` ...
     """
 
     file: Annotated[Path, tyro.conf.Positional]
-    model: Path = MODEL
     out: Path = Path("continued.webp")
     prompt: str = ""
     num_frames: int | None = None
@@ -106,7 +134,6 @@ class ContinueOptions:
     guidance_scale: float | None = None
     temperature: float | None = None
     top_k: int | None = None
-    device: str = "auto"
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -119,14 +146,17 @@ def generate(arguments: Sequence[str]) -> None:
         raise EmulusError("--num-images is for pictures; run the command again with another --seed for another clip")
     if not options.video and (options.num_frames is not None or options.fps is not None):
         raise EmulusError("--num-frames and --fps are for clips: add --video")
-    model = emulus.load(options.model, device=options.device)
+    if options.video and (options.ratio is not None or options.image_area is not None):
+        raise EmulusError("--ratio and --image-area are for pictures; give a clip's --height and --width")
+    model = options.load()
     common = _values(options, ("negative_prompt", "height", "width", "seed", *SAMPLING))
     if options.video:
         clip = model.generate_video(options.prompt, **common, **_values(options, ("num_frames", "fps")))
         write_video(clip, out)
         print(out)
         return
-    pictures = model.generate_images([options.prompt], num_images_per_prompt=options.num_images, **common)
+    shape = _values(options, ("ratio", "image_area"))
+    pictures = model.generate_images([options.prompt], num_images_per_prompt=options.num_images, **shape, **common)
     for number, picture in enumerate(pictures):
         path = out if number == 0 else out.with_stem(f"{out.stem}-{number + 1}")
         write_image(picture, path)
@@ -134,12 +164,12 @@ def generate(arguments: Sequence[str]) -> None:
 
 
 def describe(arguments: Sequence[str]) -> None:
-    """``emulus describe picture.png [--question "what is it?"]``."""
+    """``emulus describe picture.png [more.png ...] [--question "what is it?"]``."""
     options = _parse(DescribeOptions, arguments, "emulus describe")
-    model = emulus.load(options.model, device=options.device)
-    sampling = _values(options, ("seed", "temperature"))
+    model = options.load()
+    sampling = _values(options, ("seed", "temperature", "max_new_tokens"))
     if options.question is None:
-        print(model.describe(options.file, **sampling))
+        print("\n".join(model.describe_all(options.file, **sampling)))
     else:
         print(model.answer(options.file, options.question, **sampling))
 
@@ -148,7 +178,7 @@ def continue_(arguments: Sequence[str]) -> None:
     """``emulus continue clip.webp [--out longer.webp]``."""
     options = _parse(ContinueOptions, arguments, "emulus continue")
     check_writable(options.out, clip=True)
-    model = emulus.load(options.model, device=options.device)
+    model = options.load()
     names = ("prompt", "num_frames", "seed", "guidance_scale", "temperature", "top_k")
     write_video(model.continue_video(options.file, **_values(options, names)), options.out)
     print(options.out)
@@ -163,7 +193,8 @@ def _values(options: object, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse(kind: type[Options], arguments: Sequence[str], program: str) -> Options:
-    positional = next(iter(dataclasses.fields(kind))).name  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    positional = next(field.name for field in fields if "Positional" in str(field.type))
     if not arguments:
         raise EmulusError(f"{program} needs a {positional}; see {program} --help")
     return tyro.cli(kind, args=list(arguments), prog=program)

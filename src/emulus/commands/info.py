@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 import yaml
-from torch import nn
 
-from emulus.bundle import Bundle, load_bundle
+from emulus.bundle import defaults_of, preset_called
 from emulus.config import to_dict
+from emulus.hub import fetch
+from emulus.layouts import Contents, inspect_folder
 from emulus.model import SIZES
+from emulus.placement import memory_table
 from emulus.recipes import RECIPES, recipe
-from emulus.weights import find_model
+from emulus.shards import dtypes_of
+from emulus.tokenizer.vocabulary import Vocabulary
+from emulus.weights import Tensors
+
+_NATIVE_TASKS = ["draw", "animate", "continue", "caption", "answer"]
+_DRAWING, _UNDERSTANDING = ["draw"], ["caption", "answer", "chat"]
+# Released models differ in nothing but their context: 9,216 ids are a drawing one's, 131,072 an understanding one's.
+_TASKS_BY_CONTEXT = {9216: _DRAWING, 131_072: _UNDERSTANDING}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """Say what a model or a recipe is.
+    """Say what a model or a recipe is. Of a model only small files and headers are read.
 
     Attributes:
-        path: A model's folder, a training run's, or the name of a recipe.
+        path: A model's folder in any layout, a training run's, a name on the hub, or the name of a recipe.
         sizes: List the named decoder sizes and the recipes instead.
         json: Print JSON.
     """
@@ -43,8 +53,7 @@ def info(arguments: Sequence[str]) -> None:
     elif options.path in RECIPES:
         found = to_dict(recipe(options.path))
     else:
-        folder = find_model(Path(options.path))
-        found = {"folder": str(folder), **describe_bundle(load_bundle(folder, device="cpu", dtype=None))}
+        found = describe_contents(inspect_folder(fetch(options.path)))
     print(
         json.dumps(found, indent=1)
         if options.json
@@ -52,30 +61,84 @@ def info(arguments: Sequence[str]) -> None:
     )
 
 
-def describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    """The parts of a model in plain values: shapes, parameters, id ranges, what it can do."""
-    found: dict[str, Any] = {}
-    if bundle.decoder is not None:
-        count = _parameters(bundle.decoder)
-        memory = {name: f"{count * size / 2**20:.0f} MiB" for name, size in {"float32": 4, "bfloat16": 2}.items()}
-        found["decoder"] = {"parameters": count, "memory": memory, **bundle.decoder.config.to_dict()}
-    if bundle.vision is not None:
-        config = bundle.vision.config
-        factors = {"spatial_factor": config.spatial_factor, "temporal_factor": config.temporal_factor}
-        found["vision"] = {"parameters": _parameters(bundle.vision), **factors, **config.to_dict()}
-    if bundle.vocabulary is not None:
-        vocabulary = bundle.vocabulary
-        found["vocabulary"] = {
-            "size": vocabulary.size,
-            "text": list(vocabulary.text_range),
-            "visual": list(vocabulary.visual_range),
-            "specials": dict(vocabulary.specials),
+def describe_contents(contents: Contents) -> dict[str, Any]:
+    """A model in plain values: what it is, its parts, id ranges, memory, what it can do."""
+    found: dict[str, Any] = {"folder": str(contents.folder), "layout": contents.layout}
+    if contents.decoder is not None:
+        table = memory_table(contents.decoder)
+        found["preset"] = contents.preset
+        found["decoder"] = {
+            "parameters": table["parameters"],
+            "context": contents.decoder.max_position_embeddings,
+            "memory": {kind: _size(count) for kind, count in table["weights"].items()},
+            "memory_per_token": {kind: _size(count) for kind, count in table["kv_per_token"].items()},
+            "on_disk": _on_disk(contents.decoder_tensors),
+            "config": contents.decoder.to_dict(),
         }
-    if bundle.decoder is not None and bundle.vision is not None and bundle.vocabulary is not None:
-        found["tasks"] = ["draw", "animate", "continue", "caption", "answer"]
-        found["defaults"] = dataclasses.asdict(bundle.defaults)
+    if contents.vision is not None:
+        vision = contents.vision
+        found["vision"] = {
+            "parameters": _parameters(contents.vision_tensors),
+            "spatial_factor": vision.spatial_factor,
+            "temporal_factor": vision.temporal_factor,
+            "on_disk": _on_disk(contents.vision_tensors),
+            "config": vision.to_dict(),
+        }
+    if contents.vocabulary is not None:
+        found["vocabulary"] = _ids(contents.vocabulary)
+    found["text"] = contents.text_file.name if contents.text_file else None
+    if contents.decoder is not None:
+        found["tasks"] = tasks(contents)
+        found["defaults"] = dataclasses.asdict(defaults_of(contents, preset_called(contents.preset).defaults))
     return found
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def tasks(contents: Contents) -> list[str]:
+    """What a model was trained to do, as far as its files say."""
+    if contents.decoder is None or contents.text_file is None or contents.vocabulary is None:
+        return []
+    if contents.preset == "native":
+        return _NATIVE_TASKS if contents.vision is not None else []
+    if contents.preset == "emu3-base":
+        return ["draw", "caption"]
+    both = _DRAWING + _UNDERSTANDING
+    if contents.layout != "released":
+        return both
+    return _TASKS_BY_CONTEXT.get(contents.decoder.max_position_embeddings, both)
+
+
+def _ids(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The id table: who owns which ids, the ends of the ranges not included."""
+    return {
+        "size": vocabulary.size,
+        "text": list(vocabulary.text_range),
+        "visual": list(vocabulary.visual_range),
+        "specials": {f"{role} {vocabulary.surface(id)}": id for role, id in vocabulary.specials.items()},
+    }
+
+
+def _on_disk(tensors: Tensors) -> str:
+    """Files and types of tensors, e.g. ``7 files, 31.6 GiB, float32``."""
+    kinds: Counter[str] = Counter()
+    for name, dtype in dtypes_of(tensors).items():
+        kinds[str(dtype).removeprefix("torch.")] += math.prod(tensors[name].shape) * dtype.itemsize
+    files = len({stored.file for stored in tensors.values()})
+    count = f"{files} file{'s' if files > 1 else ''}"
+    return f"{count}, {_size(kinds.total())}, {', '.join(kind for kind, _ in kinds.most_common())}"
+
+
+def _parameters(tensors: Tensors) -> int:
+    """Numbers that are learned: not the counts and running statistics of batch norms."""
+    counted = (stored for name, stored in tensors.items() if not name.endswith(_BUFFERS))
+    return sum(math.prod(stored.shape) for stored in counted)
+
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
