@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 
-from emulus.bundle import Bundle, GenerationDefaults
+from emulus.bundle import Bundle, GenerationDefaults, save_bundle
+from emulus.layouts import convert
+from emulus.layouts.vocabulary import from_lines
 from emulus.media import Clip, write_image, write_video
 from emulus.model import Decoder, sized
 from emulus.pipeline import Emulus
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
-from emulus.tokenizer.vocabulary import Vocabulary
+from emulus.tokenizer.vocabulary import Vocabulary, token_name
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -72,3 +76,30 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _same_randomness() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """Folders called as on the hub, with tiny random models in the released and the transformers layout.
+
+    They draw pictures of 32 pixels and are shown pictures of half a thousand, as the real ones are.
+    """
+    torch.manual_seed(0)
+    shape = VisionTokenizerConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=())
+    vision = VisionTokenizer(shape).eval()
+    vision.quantize.embedding.weight.data.normal_()
+    pieces = TextTokenizer.train(["You are a helpful assistant. USER: what is it? ASSISTANT:"], size=300).pieces
+    text = TextTokenizer.from_pieces(pieces)
+    names = ["<|image token|>", "<|image start|>", "<|image end|>"]
+    vocabulary = from_lines(text.size, [*names, *(token_name("visual", code) for code in range(shape.codebook_size))])
+    hub = tmp_path / "BAAI"
+    for name, context in {"Emu3-Gen": 9216, "Emu3-Chat": 131_072, "Emu3-Stage1": 5120}.items():
+        config = sized("tiny", vocab_size=vocabulary.size, num_hidden_layers=1, max_position_embeddings=context)
+        bundle = Bundle(decoder=Decoder(config).eval(), vision=vision, text=text, vocabulary=vocabulary)
+        defaults = GenerationDefaults(height=32, width=32)
+        save_bundle(dataclasses.replace(bundle, preset="emu3", defaults=defaults), tmp_path / name)
+        convert(tmp_path / name, hub / f"{name}-hf", to="transformers")
+        convert(tmp_path / name, hub / name, to="released")
+        shutil.rmtree(hub / "Emu3-VisionTokenizer", ignore_errors=True)
+        (hub / name / "vision").rename(hub / "Emu3-VisionTokenizer")
+    return hub

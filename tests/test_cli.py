@@ -129,6 +129,46 @@ def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "emu3-8b" in capsys.readouterr().out
 
 
+def test_info_of_published_models(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From small files and headers, in either layout: what it is, what it needs, what it can do."""
+    found = {}
+    for folder in sorted(published.iterdir()):
+        assert main(["info", str(folder), "--json"]) == 0
+        found[folder.name] = json.loads(capsys.readouterr().out)
+    assert {name: model["layout"] for name, model in found.items() if name.endswith("-hf")} == {
+        "Emu3-Chat-hf": "transformers",
+        "Emu3-Gen-hf": "transformers",
+        "Emu3-Stage1-hf": "transformers",
+    }
+    assert found["Emu3-Gen"]["tasks"] == ["draw"]
+    assert found["Emu3-Chat"]["tasks"] == ["caption", "answer", "chat"]
+    assert found["Emu3-Stage1"]["preset"] == "emu3-base"
+    gen = found["Emu3-Gen"]
+    assert gen["decoder"]["context"] == 9216
+    assert gen["decoder"]["parameters"] == found["Emu3-Gen-hf"]["decoder"]["parameters"]
+    assert set(gen["decoder"]["memory"]) == {"float32", "bfloat16", "int8", "int4"}
+    words = gen["vocabulary"]["text"][1]
+    assert gen["vocabulary"]["visual"] == [words + 211, words + 211 + 32_768]
+    assert gen["vocabulary"]["specials"]["bos <|extra_203|>"] == words + 3 + 203
+    assert gen["defaults"]["top_k"] == 2048
+    assert "vision" not in gen
+    assert found["Emu3-VisionTokenizer"]["vision"]["spatial_factor"] == 8
+
+
+def test_a_question_about_several_pictures(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of the hub; the decoder's folder has no vision tokenizer, and the released one is taken."""
+    monkeypatch.chdir(published.parent)
+    for name, size in {"a.png": (40, 24), "b.png": (24, 30)}.items():
+        Image.new("RGB", size, (200, 30, 30)).save(tmp_path / name)
+    chat = ["--model", "BAAI/Emu3-Chat", "--max-new-tokens", "2"]
+    assert main(["describe", "a.png", "b.png", *chat, "--question", "which one?"]) == 0
+    assert "BAAI/Emu3-Chat holds no vision tokenizer: taking BAAI/Emu3-VisionTokenizer" in capsys.readouterr().err
+    assert main(["describe", "a.png", *chat, "--vision", "BAAI/Emu3-Gen-hf"]) == 0
+    assert "holds no vision tokenizer" not in capsys.readouterr().err
+
+
 def test_foreign_and_damaged_models(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A vocabulary from another model, and a weight file cut short."""
     copy = tmp_path / "copy"

@@ -1,7 +1,7 @@
 """Every command and every line of Python in the README and the docs, run as written.
 
-They run in a folder where ``checkpoints/emoji`` is a tiny model and ``data/emoji`` a few squares; training and
-evaluation get flags that make them short.
+They run in a folder where ``checkpoints/emoji`` and ``BAAI/Emu3-Gen`` and its like are tiny models, and
+``data/emoji`` a few squares; training, evaluation and long answers get flags that make them short.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SHORT = {
         " --show.reconstructed-clips 1 --show.pictures 1 --show.clips 1 --show.continuations 1 --show.captions 1"
     ),
     "demo": ["--steps-share", "0"],
+    "describe": ["--max-new-tokens", "4"],
 }
 NEEDS_A_NETWORK = {"data"}
 
@@ -41,7 +42,8 @@ def commands(block: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def workplace(tiny: Emulus, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tiny: Emulus, shapes: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    assert published.parent == tmp_path
     tiny.save(tmp_path / "checkpoints/emoji")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/emoji").symlink_to(shapes)
