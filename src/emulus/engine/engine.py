@@ -20,6 +20,9 @@ from emulus.sequence.grammar import Grammar
 
 Ranges = tuple[tuple[int, int], ...]
 
+_AT_ONCE = 512
+"""Most tokens of a row in one pass: a picture of 16,000 tokens attends to itself in pieces, not as one square."""
+
 
 @dataclass(kw_only=True)
 class _Lane:
@@ -146,7 +149,8 @@ class Engine:
         """Feed every lane what it has, and choose each request's next id."""
         device = self.decoder.lm_head.weight.device
         ids, positions = _rectangle(lanes, device)
-        hidden = self.decoder.hidden(ids, position_ids=positions, cache=cache)[:, -1]
+        for part, where in zip(ids.split(_AT_ONCE, dim=1), positions.split(_AT_ONCE, dim=1), strict=True):
+            hidden = self.decoder.hidden(part, position_ids=where, cache=cache)[:, -1]
         for lane in lanes:
             lane.fed += len(lane.feed)
         chosen: list[tuple[Walk, int]] = []
