@@ -147,6 +147,15 @@ def test_a_request_does_not_depend_on_its_neighbours() -> None:
     assert len({result.ids for result in alone}) > 5
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 7])
+def test_long_prompts_go_in_pieces(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pieces, and though rows of a batch end in different ones, the ids are those of whole prompts."""
+    requests = requests_of_every_kind(7)
+    whole = ENGINE.generate(requests)
+    monkeypatch.setattr("emulus.engine.engine._AT_ONCE", at_once)
+    assert ENGINE.generate(requests) == whole
+
+
 def test_guidance_matters_and_one_is_none() -> None:
     prompt = draw(GRAMMAR, "a red apple", 3, 3)
     ids = {
