@@ -67,29 +67,6 @@ def test_logits_of_transformers_llama() -> None:
         torch.testing.assert_close(model(ids), reference(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_logits_of_transformers_qwen3_with_query_key_norm() -> None:
-    transformers = pytest.importorskip("transformers")
-    model = small(qk_norm=True, head_dim=10, rms_norm_eps=1e-6)
-    config = model.config
-    reference = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=10,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
-    ).eval()
-    reference.load_state_dict(model.state_dict(), strict=True)
-    ids = random_ids(2, 30)
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids), reference(ids).logits, atol=1e-5, rtol=1e-5)
-
-
 def test_slices_are_slices() -> None:
     model, ids = small(), random_ids(2, 9)
     with torch.no_grad():
