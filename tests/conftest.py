@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emulus.bundle import Bundle, GenerationDefaults, save_bundle
+from emulus.bundle import Bundle, save_bundle
 from emulus.layouts import convert
 from emulus.layouts.vocabulary import from_lines
 from emulus.media import Clip, write_image, write_video
 from emulus.model import Decoder, DecoderConfig, sized
 from emulus.pipeline import Emulus
+from emulus.presets import GenerationDefaults
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vocabulary import Vocabulary, token_name
@@ -243,7 +244,17 @@ def _same_randomness() -> None:
 
 
 @pytest.fixture
-def published(tmp_path: Path) -> Path:
+def published(published_once: Path, tmp_path: Path) -> Path:
+    """``BAAI/Emu3-Gen`` and its like in a test's own folder, by links: to be read only, or unlinked."""
+    hub = tmp_path / "BAAI"
+    hub.mkdir()
+    for folder in published_once.iterdir():
+        (hub / folder.name).symlink_to(folder)
+    return hub
+
+
+@pytest.fixture(scope="session")
+def published_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders called as on the hub, with tiny random models in the released and the transformers layout.
 
     They draw pictures of 32 pixels and are shown pictures of half a thousand, as the real ones are.
@@ -256,12 +267,16 @@ def published(tmp_path: Path) -> Path:
     text = TextTokenizer.from_pieces(pieces)
     names = ["<|image token|>", "<|image start|>", "<|image end|>"]
     vocabulary = from_lines(text.size, [*names, *(token_name("visual", code) for code in range(shape.codebook_size))])
+    tmp_path = tmp_path_factory.mktemp("published")
     hub = tmp_path / "BAAI"
     for name, context in {"Emu3-Gen": 9216, "Emu3-Chat": 131_072, "Emu3-Stage1": 5120}.items():
-        config = sized("tiny", vocab_size=vocabulary.size, num_hidden_layers=1, max_position_embeddings=context)
+        config = sized(
+            "tiny", vocab_size=vocabulary.size, hidden_size=32, num_hidden_layers=1, max_position_embeddings=context
+        )
         bundle = Bundle(decoder=Decoder(config).eval(), vision=vision, text=text, vocabulary=vocabulary)
         defaults = GenerationDefaults(height=32, width=32)
-        save_bundle(dataclasses.replace(bundle, preset="emu3", defaults=defaults), tmp_path / name)
+        preset = "emu3-base" if name == "Emu3-Stage1" else "emu3"
+        save_bundle(dataclasses.replace(bundle, preset=preset, defaults=defaults), tmp_path / name)
         convert(tmp_path / name, hub / f"{name}-hf", to="transformers")
         convert(tmp_path / name, hub / name, to="released")
         shutil.rmtree(hub / "Emu3-VisionTokenizer", ignore_errors=True)

@@ -541,20 +541,22 @@ def test_shapes_that_are_none(golden: Emulus, options: dict[str, Any], says: str
 
 
 @pytest.mark.parametrize(
-    ("context", "area", "side", "asked"),
+    ("context", "area", "side", "most", "asked"),
     [
-        (9216, 518400, 720, "You are a helpful assistant. USER: a cat. ASSISTANT:"),
-        (131_072, 262144, 512, "You are a helpful assistant. USER: a cat. ASSISTANT:"),
-        (5120, 262144, 512, "a cat"),
+        (9216, 518400, 720, 1024, "You are a helpful assistant. USER: a cat. ASSISTANT:"),
+        (131_072, 262144, 512, 1024, "You are a helpful assistant. USER: a cat. ASSISTANT:"),
+        (5120, 262144, 512, 512, "a cat"),  # larger pictures would exceed its context
     ],
     ids=["Gen", "Chat", "Stage1"],
 )
-def test_each_checkpoint_has_its_defaults(released: Path, context: int, area: int, side: int, asked: str) -> None:
+def test_each_checkpoint_has_its_defaults(
+    released: Path, context: int, area: int, side: int, most: int, asked: str
+) -> None:
     edit(released / "config.json", max_position_embeddings=context, image_area=area)
     model = emulus.load(released, device="cpu")
     assert (model.defaults.height, model.defaults.width) == (side, side)
     assert (model.defaults.top_k, model.defaults.guidance_scale, model.defaults.temperature) == (2048, 3.0, 1.0)
-    assert (model.defaults.min_pixels, model.defaults.max_pixels) == (512 * 512, 1024 * 1024)
+    assert (model.defaults.min_pixels, model.defaults.max_pixels) == (512 * 512, most * most)
     assert model.defaults.negative_prompt == EXPECTED["negative_prompt"]
     v, encode = model.grammar.vocabulary, model.text.encode
     assert model.understanding_prompt("a cat") == [v.bos, *encode(asked)]
@@ -650,7 +652,7 @@ def test_the_vision_tokenizer_that_belongs_to_it(
     assert "BAAI/Emu3-VisionTokenizer" not in caplog.text
     assert model.generate_image("a cat", height=16, width=24).size == (24, 16)
     assert "BAAI/Emu3-Gen holds no vision tokenizer: taking BAAI/Emu3-VisionTokenizer" in caplog.text
-    shutil.rmtree(published / "Emu3-VisionTokenizer")
+    (published / "Emu3-VisionTokenizer").unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(published / "cache"))
     lonely = emulus.load("BAAI/Emu3-Gen", device="cpu")
@@ -713,3 +715,83 @@ def test_a_model_that_does_not_fit_says_what_would() -> None:
         emulus.load(GOLDEN / "decoder", device="cpu", max_memory={"cpu": needed // 2})
     with pytest.raises(EmulusError, match="nothing smaller fits either"):
         emulus.load(GOLDEN / "decoder", device="cpu", max_memory={"cpu": 1000})
+
+
+# What a model is not for, and what is no list
+
+
+def test_the_vision_tokenizer_is_found_missing_before_anything_is_drawn(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (published / "Emu3-VisionTokenizer").unlink()
+    model = emulus.load(published / "Emu3-Gen", device="cpu")
+    monkeypatch.setattr(model.engine, "generate", lambda *_, **__: pytest.fail("drawn in vain"))
+    with pytest.raises(EmulusError, match=r"needs the vision tokenizer it was trained with"):
+        model.generate_image("a cat")
+
+
+def test_a_task_of_another_checkpoint_is_remarked_once(published: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = emulus.load(published / "Emu3-Chat", vision=published / "Emu3-VisionTokenizer", device="cpu")
+    with caplog.at_level("WARNING", logger="emulus"):
+        model.generate_images(["a cat"], guidance_scale=1.0)
+        model.generate_images(["a cat"], guidance_scale=1.0)
+        model.describe(PIL.Image.new("RGB", (32, 32)), max_new_tokens=1, min_pixels=0, max_pixels=32 * 32)
+    assert [record.getMessage().partition(" was ")[2] for record in caplog.records] == [
+        "trained to caption, answer and chat, not to draw"
+    ]
+
+
+def test_a_preset_can_be_chosen_and_is_kept(published: Path, tmp_path: Path) -> None:
+    chat = emulus.load(published / "Emu3-Stage1", preset="emu3", device="cpu")
+    assert chat.text.decode(chat.understanding_prompt("hi")[1:]) == "You are a helpful assistant. USER: hi. ASSISTANT:"
+    assert chat.defaults.max_pixels == 1024 * 1024
+    chat.save(tmp_path / "kept")
+    assert emulus.load(tmp_path / "kept", device="cpu").bundle.preset == "emu3"
+    with pytest.raises(EmulusError, match="did you mean 'emu3'"):
+        emulus.load(published / "Emu3-Stage1", preset="emu33")
+
+
+@pytest.mark.parametrize("to", ["emulus", "transformers"])
+def test_a_converted_checkpoint_draws_the_same_size(published: Path, tmp_path: Path, to: Any) -> None:
+    for name in ("Emu3-Gen", "Emu3-Stage1"):
+        convert(published / name, tmp_path / name / to, to=to)
+        before, after = (emulus.load(each, device="cpu") for each in (published / name, tmp_path / name / to))
+        assert after.defaults == before.defaults
+        assert after.bundle.preset == before.bundle.preset
+
+
+def test_a_vision_tokenizer_alone_takes_pictures_as_its_models_do(published: Path) -> None:
+    vision = emulus.load(published / "Emu3-VisionTokenizer", device="cpu")
+    assert vision.encode_all([PIL.Image.new("RGB", (60, 40))], min_pixels=0)[0].codes.shape == (5, 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda model: model.generate_images("a cat"), "put it into a list"),
+        (lambda model: model.describe_all(PIL.Image.new("RGB", (9, 9))), "put it into a list"),
+        (lambda model: model.understanding_prompt("hi", images="a.png"), "put it into a list"),
+        (lambda model: model.chat("hi"), "put it into a list"),
+        (lambda model: model.chat(["hi"]), "message 1 of the conversation is not"),
+        (lambda model: model.describe(PIL.Image.new("RGB", (9, 9)), min_pixels=9, max_pixels=4), "at most max_pixels"),
+        (lambda model: model.describe(PIL.Image.new("RGB", (9, 9)), max_tokens=9), "unknown option 'max_tokens'"),
+        (
+            lambda model: model.describe(PIL.Image.new("RGB", (999, 999)), max_pixels=10**6),
+            "show less, or smaller",
+        ),
+    ],
+)
+def test_misuse_is_one_clear_line(published: Path, wrong: Any, message: str) -> None:
+    model = emulus.load(published / "Emu3-Gen", vision=published / "Emu3-VisionTokenizer", device="cpu")
+    with pytest.raises(EmulusError, match=message):
+        wrong(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"compat": "releasd"}, {"dtype": torch.int8}, {"dtype": "float8"}, {"device": "gpu"}]
+)
+def test_wrong_ways_of_loading(published: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(EmulusError):
+        emulus.load(published / "Emu3-Gen", **options)

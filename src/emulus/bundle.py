@@ -15,130 +15,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from emulus.config import merge
 from emulus.device import pick_device
-from emulus.errors import EmulusError, at_least, did_you_mean
+from emulus.errors import EmulusError, did_you_mean
 from emulus.files import write_json
 from emulus.hub import EMU3_VISION, fetch
-from emulus.layouts import Contents, inspect_folder, read_text
-from emulus.layouts.contents import check_together
+from emulus.layouts import Contents, inspect_folder, read_text, with_vision
 from emulus.log import logger
-from emulus.media import generation_size
 from emulus.model import Decoder, save_decoder
 from emulus.model.quantize import Quantization
 from emulus.model.weights import load_decoder_from
-from emulus.placement import plan
-from emulus.sequence import EMU3, EMU3_5, EMU3_BASE, NATIVE, SequenceLayout, Wording
+from emulus.placement import free_memory, plan
+from emulus.presets import GenerationDefaults, defaults_of, preset_called, tasks_of
+from emulus.shards import dtypes_of
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.weights import load_vision_tokenizer_from, save_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 
 GENERATION_CONFIG = "generation_config.json"
-RELEASED_NEGATIVE_PROMPT = (
-    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
-    "worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
-)
-"""What the released drawing script leads away from. Source: baaivision/Emu3, image_generation.py."""
-
-RELEASED_QUALITY_SUFFIX = " masterpiece, film grained, best quality."
-"""What the released drawing script adds to every prompt; Emulus adds nothing unasked. Source: as above."""
-
-_BASE_AREA = 512 * 512  # of Emu3-Stage1's pictures, for its transformers form, whose config does not say
 _LARGE = 10**9  # parameters from which a GPU computes in bfloat16 unless told otherwise
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """What a call that does not say otherwise gets.
-
-    Attributes:
-        height: Of pictures and clips, in pixels.
-        width: Likewise.
-        num_frames: Of clips.
-        fps: Of clips.
-        negative_prompt: What guidance leads away from; empty is "nothing in particular".
-        guidance_scale: Strength of guidance when drawing and animating.
-        temperature: Of visual ids.
-        top_k: Of visual ids.
-        top_p: Of visual ids.
-        text_temperature: Of captions and answers; 0 takes the likeliest id.
-        max_text_tokens: Longest caption or answer.
-        min_pixels: Least area of a picture that is shown to the model, which is scaled up to it; 0 for models of one
-            size, to which pictures are scaled and cropped.
-        max_pixels: Greatest area, to which larger ones are scaled down; 0 likewise.
-    """
-
-    height: int = 720
-    width: int = 720
-    num_frames: int = 16
-    fps: float = 8.0
-    negative_prompt: str = ""
-    guidance_scale: float = 3.0
-    temperature: float = 1.0
-    top_k: int = 2048
-    top_p: float = 1.0
-    text_temperature: float = 0.0
-    max_text_tokens: int = 64
-    min_pixels: int = 0
-    max_pixels: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(1, height=self.height, width=self.width, num_frames=self.num_frames)
-        at_least(1, max_text_tokens=self.max_text_tokens)
-        at_least(0, min_pixels=self.min_pixels)
-        at_least(self.min_pixels, max_pixels=self.max_pixels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """What a decoder was trained with, beside its weights.
-
-    Attributes:
-        wording: How prompts are put.
-        layout: How pictures and clips are written.
-        defaults: Of generation.
-        spatial_factor: Pixels per code along a side, of the vision tokenizer that belongs to it.
-    """
-
-    wording: Wording = NATIVE
-    layout: SequenceLayout = dataclasses.field(default_factory=SequenceLayout)
-    defaults: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
-    spatial_factor: int | None = None
-
-
-_RELEASED = GenerationDefaults(
-    negative_prompt=RELEASED_NEGATIVE_PROMPT, max_text_tokens=1024, min_pixels=512 * 512, max_pixels=1024 * 1024
-)
-PRESETS: Mapping[str, Preset] = {
-    "native": Preset(),
-    "emu3": Preset(wording=EMU3, defaults=_RELEASED, spatial_factor=8),
-    "emu3-base": Preset(wording=EMU3_BASE, defaults=_RELEASED, spatial_factor=8),
-    "emu3.5": Preset(
-        wording=EMU3_5,
-        layout=SequenceLayout.emu3_5(),
-        defaults=GenerationDefaults(
-            height=1024, width=1024, guidance_scale=2.0, top_k=5120, text_temperature=1.0, max_text_tokens=5120
-        ),
-        spatial_factor=16,
-    ),
-}
-"""Settings by preset. Sources: facts of the released scripts (baaivision/Emu3, baaivision/Emu3.5)."""
-
-
-def preset_called(name: str) -> Preset:
-    """The preset of a name.
-
-    Raises:
-        EmulusError: There is none.
-    """
-    if name not in PRESETS:
-        raise EmulusError(f"there is no preset {name!r}{did_you_mean(name, PRESETS)}")
-    return PRESETS[name]
+_RELEASED_VISION_BYTES = 4 * 270_740_287
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +50,10 @@ class Bundle:
         text: text <-> ids.
         vocabulary: Which id means what.
         defaults: Of generation.
-        preset: Name of what the decoder was trained with (see :data:`PRESETS`).
-        source: Where it was loaded from, for the record that goes with results.
+        preset: Name of what the decoder was trained with (see :data:`emulus.presets.PRESETS`).
+        tasks: What it was trained to do, if that is known.
+        source: Where it was loaded from (of a model on the hub with its commit), for the record of a result.
+        loading: How it was loaded, likewise.
         default_vision: Where the vision tokenizer is to be had that the decoder was trained with and that its folder
             does not hold.
     """
@@ -163,7 +64,9 @@ class Bundle:
     vocabulary: Vocabulary | None = None
     defaults: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
     preset: str = "native"
+    tasks: tuple[str, ...] = ()
     source: str = ""
+    loading: Mapping[str, str] = dataclasses.field(default_factory=dict)
     default_vision: str | None = None
 
 
@@ -200,6 +103,7 @@ def load_bundle(
     quantize: Quantization | None = None,
     max_memory: Mapping[str, int] | None = None,
     revision: str | None = None,
+    preset: str | None = None,
 ) -> Bundle:
     """Read a model, in whichever published layout it is.
 
@@ -214,25 +118,32 @@ def load_bundle(
         quantize: ``int8`` or ``int4`` for the decoder's projections.
         max_memory: Bytes that the decoder may take on each device; by default what is free.
         revision: Of a model on the hub.
+        preset: Whose prompts, sequences and defaults; by default what the folder looks like.
 
     Raises:
         EmulusError: There is no model, a part is damaged, the parts do not belong together, or it does not fit.
     """
-    contents = inspect_folder(fetch(path, revision=revision))
+    folder = fetch(path, revision=revision)
+    contents = inspect_folder(folder)
+    if preset is not None:
+        preset_called(preset)
+        contents = dataclasses.replace(contents, preset=preset)
     if vision is not None:
-        contents = _with_vision(contents, inspect_folder(fetch(vision)))
-    preset = preset_called(contents.preset)
+        contents = with_vision(contents, fetch(vision))
+    kind = pick_dtype(dtype, device, contents)
     # First, so that the decoder is planned into what is left.
     painter = _load_vision(contents, device)
     text = read_text(contents)
     return Bundle(
-        decoder=_load_decoder(contents, device, dtype, quantize, max_memory),
+        decoder=_load_decoder(contents, device, kind, quantize, max_memory),
         vision=painter,
         text=text,
         vocabulary=contents.vocabulary,
-        defaults=defaults_of(contents, preset.defaults),
+        defaults=defaults_of(contents),
         preset=contents.preset,
-        source=str(path) if revision is None else f"{path}@{revision}",
+        tasks=tasks_of(contents),
+        source=str(path) if folder == Path(path) else f"{str(path).partition('@')[0]}@{folder.name}",
+        loading={"dtype": str(kind).removeprefix("torch."), "quantize": str(quantize or "no")},
         default_vision=_default_vision(contents),
     )
 
@@ -256,40 +167,6 @@ def load_default_vision(bundle: Bundle, device: str = "auto") -> VisionTokenizer
     return vision
 
 
-def defaults_of(contents: Contents, preset: GenerationDefaults) -> GenerationDefaults:
-    """Generation settings: the folder's own where it has some, else its preset's.
-
-    Raises:
-        EmulusError: Our own ``generation_config.json`` has a wrong key or value.
-    """
-    if contents.layout == "emulus":
-        own = {key: value for key, value in contents.generation.items() if key != "preset"}
-        return merge(preset, own, str(contents.folder / GENERATION_CONFIG))
-    changes: dict[str, Any] = {}
-    area = contents.image_area or (_BASE_AREA if contents.preset == "emu3-base" else None)
-    if area is not None:
-        factor = contents.vision.spatial_factor if contents.vision else PRESETS[contents.preset].spatial_factor or 8
-        rows, columns = generation_size("1:1", area, factor=factor)
-        changes |= {"height": rows * factor, "width": columns * factor}
-    if contents.generation.get("do_sample"):
-        # Those of a file that samples: without that the published files leave greedy text settings here.
-        names = ("top_k", "top_p", "temperature")
-        changes |= {name: contents.generation[name] for name in names if _is_positive(contents.generation.get(name))}
-    return dataclasses.replace(preset, **changes)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _with_vision(contents: Contents, other: Contents) -> Contents:
-    if other.vision is None:
-        raise EmulusError(f"{other.folder} holds no vision tokenizer; give vision= the folder of one")
-    together = dataclasses.replace(contents, vision=other.vision, vision_tensors=other.vision_tensors)
-    check_together(together)
-    return together
-
-
 def _default_vision(contents: Contents) -> str | None:
     """The released vision tokenizer, for a decoder that draws with its codes."""
     released = VisionTokenizerConfig().codebook_size
@@ -307,7 +184,7 @@ def _load_vision(contents: Contents, device: str) -> VisionTokenizer | None:
 def _load_decoder(
     contents: Contents,
     device: str,
-    dtype: torch.dtype | str | None,
+    dtype: torch.dtype,
     quantize: Quantization | None,
     max_memory: Mapping[str, int] | None,
 ) -> Decoder | None:
@@ -315,30 +192,36 @@ def _load_decoder(
     if config is None:
         return None
     tokens = min(2 * config.max_position_embeddings, 2 * 9216)
-    kind = pick_dtype(dtype, device, contents)
-    where = plan(
-        config,
-        device=device,
-        dtype=kind or torch.float32,
-        quantize=quantize,
-        max_memory=max_memory,
-        kv_tokens=tokens,
-    )
+    if max_memory is None and _default_vision(contents) is not None:
+        max_memory = _room_beside_vision(device)
+    where = plan(config, device=device, dtype=dtype, quantize=quantize, max_memory=max_memory, kv_tokens=tokens)
     if len(where.devices) > 1:
         logger.info("%s: %s", contents.folder, where)
     return load_decoder_from(
-        config, contents.decoder_tensors, dtype=kind, device=where, quantize=quantize, folder=contents.folder
+        config, contents.decoder_tensors, dtype=dtype, device=where, quantize=quantize, folder=contents.folder
     )
 
 
-def pick_dtype(dtype: torch.dtype | str | None, device: str, contents: Contents) -> torch.dtype | None:
-    """The type that a decoder's weights shall have; ``None`` keeps the file's.
+def _room_beside_vision(device: str) -> Mapping[str, int]:
+    """What is free for a decoder, whose vision tokenizer is to come later and to lie where work begins."""
+    room = {str(place): size for place, size in free_memory().items()}
+    first = "cpu" if device == "cpu" else next(iter(room)) if device in ("auto", "cuda") else device
+    if first in room:
+        room[first] = max(room[first] - _RELEASED_VISION_BYTES, 0)
+    return room
+
+
+def pick_dtype(dtype: torch.dtype | str | None, device: str, contents: Contents) -> torch.dtype:
+    """The type that a decoder's weights shall have; ``None`` is the file's.
 
     Raises:
         EmulusError: It is none that can be computed in.
     """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
+    if dtype is None:
+        kinds = (kind for kind in dtypes_of(contents.decoder_tensors).values() if kind.is_floating_point)
+        return next(kinds, torch.float32)
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         elements = sum(math.prod(stored.shape) for stored in contents.decoder_tensors.values())
         on_gpu = pick_device(device).type == "cuda"

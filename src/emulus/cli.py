@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -34,19 +35,15 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status. User errors print one line and no traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if words[0] == "--version":
-        from emulus import __version__
-
-        print(__version__)
-        return 0
     try:
-        return _run(words[0], words[1:])
+        return _run(words[0] if words else "help", words[1:])
     except EmulusError as error:
         print(f"emulus: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         # What no part of the program expected of the disk is still the disk's doing.
         print(f"emulus: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
@@ -57,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    if verb in ("-h", "--help", "help"):
+        print(usage(), flush=True)
+        return 0
+    if verb == "--version":
+        from emulus import __version__
+
+        print(__version__)
+        return 0
     if verb not in VERBS:
         raise EmulusError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
     module, function, _ = VERBS[verb]

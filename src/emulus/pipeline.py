@@ -19,18 +19,10 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from emulus import __version__
-from emulus.bundle import (
-    Bundle,
-    GenerationDefaults,
-    Preset,
-    load_bundle,
-    load_default_vision,
-    preset_called,
-    save_bundle,
-)
+from emulus.bundle import Bundle, load_bundle, load_default_vision, save_bundle
 from emulus.engine import Engine, Frame, Request, Result, Row, Token
 from emulus.errors import EmulusError, at_least
-from emulus.log import progress_bar
+from emulus.log import logger, progress_bar
 from emulus.media import (
     Clip,
     clip_to_pixels,
@@ -47,10 +39,14 @@ from emulus.media import (
 )
 from emulus.model import Decoder
 from emulus.model.quantize import Quantization
+from emulus.presets import GenerationDefaults, Preset, preset_called
 from emulus.sampling import SamplingParams
 from emulus.sequence import Grammar, Image, Prompt, Turn, Video, templates
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer
+
+# What decides a picture; the rest of the sampling settings are of words.
+_OF_PICTURES = ("seed", "temperature", "top_k", "top_p", "guidance_scale")
 
 MediaSource = str | Path | bytes | PILImage.Image | Clip
 
@@ -64,6 +60,7 @@ def load(
     quantize: Quantization | None = None,
     max_memory: Mapping[str, int] | None = None,
     revision: str | None = None,
+    preset: str | None = None,
     compat: Literal["released"] | None = None,
 ) -> Emulus:
     """Load a model: ours, a released Emu3 checkpoint or one of transformers, from a folder or from the hub.
@@ -80,6 +77,8 @@ def load(
         quantize: ``int8`` or ``int4`` for the decoder's projections.
         max_memory: Bytes that the decoder may take on each device (``{"cuda:0": 20 * 2**30, "cpu": ...}``).
         revision: Branch, tag or commit of a model on the hub.
+        preset: Whose prompts, sequences and defaults: ``native``, ``emu3``, ``emu3-base`` (Stage1's) or ``emu3.5``; by
+            default what the model looks like.
         compat: ``released`` repeats what the released code does where Emulus knows better: specials in a user's text
             become specials, narrow and several pictures follow its rule, a batch may be padded.
 
@@ -89,6 +88,7 @@ def load(
     Raises:
         EmulusError: There is no model, it is damaged, or it does not fit into memory.
     """
+    _check_compat(compat)
     bundle = load_bundle(
         path,
         vision=vision,
@@ -97,6 +97,7 @@ def load(
         quantize=quantize,
         max_memory=max_memory,
         revision=revision,
+        preset=preset,
     )
     return Emulus(bundle, compat=compat, device=device)
 
@@ -115,8 +116,10 @@ class Emulus:
             compat: As for :func:`load`.
             device: Where a vision tokenizer that is fetched later shall lie.
         """
+        _check_compat(compat)
         self.bundle = bundle
         self.compat = compat
+        self._said: set[str] = set()
         self._device = device
 
     # The parts. Each says what is missing when the folder had only some of them.
@@ -126,11 +129,11 @@ class Emulus:
         """ids -> logits."""
         return _present(self.bundle.decoder, "decoder")
 
-    @cached_property
+    @property
     def vision(self) -> VisionTokenizer:
         """pixels <-> codes; fetched now if the decoder's folder lacks the one it was trained with."""
         if self.bundle.vision is None and self.bundle.default_vision is not None:
-            return load_default_vision(self.bundle, self._device)
+            self.bundle = dataclasses.replace(self.bundle, vision=load_default_vision(self.bundle, self._device))
         return _present(self.bundle.vision, "vision tokenizer")
 
     @property
@@ -240,12 +243,15 @@ class Emulus:
             sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale``.
 
         Returns:
-            RGB pictures. How each was made is in its ``info["emulus"]``, as JSON; PNG files keep that.
+            RGB pictures. How each was made is in its ``info["emulus"]``, as JSON, which
+            :func:`emulus.media.write_image` keeps in PNG files.
 
         Raises:
             EmulusError: An empty prompt, a size that does not fit the model, or a value out of range.
         """
+        self._expect("draw", prompts)
         at_least(1, num_images_per_prompt=num_images_per_prompt)
+        _ = self.vision  # where it is missing, before hours of drawing
         ratios = [ratio] * len(prompts) if ratio is None or isinstance(ratio, str) else list(ratio)
         if len(ratios) != len(prompts):
             raise EmulusError(f"{len(ratios)} ratios are given for {len(prompts)} prompts; give one, or one for each")
@@ -279,6 +285,7 @@ class Emulus:
         """
         drawing = self._drawing(prompt, negative_prompt, height, width, ratio, image_area)
         request = self._request(drawing, seed, **sampling)
+        self._expect("draw")
         factor = self.vision.config.spatial_factor
         rows: list[Tensor] = []
         for event in self.engine.stream(request):
@@ -307,6 +314,7 @@ class Emulus:
 
         Arguments as in :meth:`generate_videos`. The last clip is the finished one. Closing the iterator stops.
         """
+        self._expect("animate")
         animation = self._animation(prompt, negative_prompt, height, width, num_frames, fps)
         frames: list[Tensor] = []
         for event in self.engine.stream(self._request(animation, seed, **sampling)):
@@ -346,6 +354,7 @@ class Emulus:
         Raises:
             EmulusError: As for pictures.
         """
+        self._expect("animate", prompts)
         requests = []
         for prompt in prompts:
             animation = self._animation(prompt, negative_prompt, height, width, num_frames, fps)
@@ -374,6 +383,7 @@ class Emulus:
         Raises:
             EmulusError: The clip cannot be read or leaves nothing to add.
         """
+        self._expect("continue")
         start = self._fitted(clip)
         if not isinstance(start, Clip):
             raise EmulusError("a picture cannot be continued: give a clip")
@@ -402,58 +412,97 @@ class Emulus:
         """Write a caption for a picture or clip; options as in :meth:`describe_all`."""
         return self.describe_all([media], **options)[0]
 
-    def describe_all(self, media: Sequence[MediaSource], *, seed: int = 0, **sampling: Any) -> list[str]:
+    def describe_all(
+        self,
+        media: Sequence[MediaSource],
+        *,
+        seed: int = 0,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **sampling: Any,
+    ) -> list[str]:
         """Write a caption for each picture or clip, all in one batch; each is what it would be by itself.
 
         Args:
             media: Files, bytes, pictures or clips, brought to a size that the model takes.
             seed: Of every caption; it matters at a temperature above 0.
+            min_pixels: Smaller pictures are scaled up to this area; the model's own by default.
+            max_pixels: Larger ones are scaled down to this one; likewise.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale`` (1 by default), ``max_new_tokens``.
+
+        Raises:
+            EmulusError: A file cannot be read, a picture is too large for the model's context, or an option is wrong.
         """
-        prompts = [
-            templates.caption(self.grammar, medium, wording=self.preset.wording) for medium in self.encode_all(media)
-        ]
-        return self._write(prompts, seed, sampling)
+        self._expect("caption", media)
+        params = self._text_params(seed, sampling)
+        shown = [codes for medium in media for codes in self._shown([medium], min_pixels, max_pixels)]
+        prompts = [templates.caption(self.grammar, codes, wording=self.preset.wording) for codes in shown]
+        return self._write(prompts, params)
 
     def answer(
-        self, media: MediaSource | Sequence[MediaSource], question: str, *, seed: int = 0, **sampling: Any
+        self,
+        media: MediaSource | Sequence[MediaSource],
+        question: str,
+        *,
+        seed: int = 0,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **sampling: Any,
     ) -> str:
-        """Answer a question about a picture or clip, or about several; sampling as in :meth:`describe_all`."""
-        shown = [media] if isinstance(media, MediaSource) else list(media)
+        """Answer a question about a picture or clip, or about several; options as in :meth:`describe_all`."""
+        self._expect("answer")
         _check_prompt(question)
-        turn = Turn(text=question, media=tuple(self.encode_all(shown)))
-        return self._write([templates.converse(self.grammar, [turn], wording=self.preset.wording)], seed, sampling)[0]
+        params = self._text_params(seed, sampling)
+        sources = [media] if isinstance(media, MediaSource) else list(media)
+        turn = Turn(text=question, media=tuple(self._shown(sources, min_pixels, max_pixels)))
+        return self._write([templates.converse(self.grammar, [turn], wording=self.preset.wording)], params)[0]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, seed: int = 0, **sampling: Any) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **sampling: Any,
+    ) -> str:
         """Give the next answer of a conversation.
 
         Args:
             messages: In order, each ``{"role": "user", "content": ...}`` with role ``system`` (first, if at all),
                 ``user`` or ``assistant``. The content is text, or a list of ``{"type": "text", "text": ...}``,
                 ``{"type": "image", "image": ...}`` and ``{"type": "video", "video": ...}``, where pictures and clips
-                are files, bytes, pictures or clips.
+                are files, bytes, pictures or clips. A message's media stand where the model's prompts have them, which
+                in Emu3's is before its words.
             seed: Matters at a temperature above 0.
-            sampling: As in :meth:`describe_all`.
+            min_pixels: As in :meth:`describe_all`.
+            max_pixels: Likewise.
+            sampling: Likewise.
 
         Raises:
             EmulusError: The messages do not alternate, the last is not the user's, or a content is of no known kind.
         """
-        system, turns = self._turns(messages)
-        return self._write(
-            [templates.converse(self.grammar, turns, system=system, wording=self.preset.wording)], seed, sampling
-        )[0]
+        self._expect("chat", messages)
+        params = self._text_params(seed, sampling)
+        system, turns = self._turns(messages, min_pixels, max_pixels)
+        prompt = templates.converse(self.grammar, turns, system=system, wording=self.preset.wording)
+        return self._write([prompt], params)[0]
 
-    def _turns(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[Turn]]:
+    def _turns(
+        self, messages: Sequence[Mapping[str, Any]], min_pixels: int | None, max_pixels: int | None
+    ) -> tuple[str | None, list[Turn]]:
         system: str | None = None
         turns: list[Turn] = []
         for index, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise EmulusError(f"message {index + 1} of the conversation is not {{'role': ..., 'content': ...}}")
             role = message.get("role")
             text, shown = _content(message.get("content"))
             open_turn = bool(turns) and turns[-1].answer is None
             if role == "system" and index == 0 and not shown:
                 system = text
             elif role == "user" and not open_turn:
-                turns.append(Turn(text=text, media=tuple(self.encode_all(shown))))
+                turns.append(Turn(text=text, media=tuple(self._shown(shown, min_pixels, max_pixels))))
             elif role == "assistant" and open_turn and not shown:
                 turns[-1] = dataclasses.replace(turns[-1], answer=text)
             else:
@@ -463,15 +512,18 @@ class Emulus:
                 )
         return system, turns
 
-    def _write(self, prompts: Sequence[Prompt], seed: int, sampling: dict[str, Any]) -> list[str]:
+    def _write(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[str]:
+        requests = [_as_request(prompt, params) for prompt in prompts]
+        return [self._text(list(result.ids)) for result in self._generate(requests)]
+
+    def _text_params(self, seed: int, sampling: Mapping[str, Any]) -> SamplingParams:
+        """How words are chosen; wrong options are found here, before a picture is read for them."""
         own = {
             "temperature": self.defaults.text_temperature,
             "max_new_tokens": self.defaults.max_text_tokens,
             "guidance_scale": 1.0,
-            **sampling,
         }
-        requests = [self._request(prompt, seed, **own) for prompt in prompts]
-        return [self._text(list(result.ids)) for result in self._generate(requests)]
+        return self._params(seed, **{**own, **sampling})
 
     def _text(self, ids: list[int]) -> str:
         start, stop = self.grammar.vocabulary.text_range
@@ -509,11 +561,39 @@ class Emulus:
         """
         if padding_image and self.compat != "released":
             raise EmulusError("padding_image moves codes; load the model with compat='released' if you want that")
-        fitted = [self._fitted(medium, self.defaults.num_frames, min_pixels, max_pixels) for medium in media]
+        _check_list(media)
+        fitted = self._fit_all(media, min_pixels, max_pixels)
         pictures = [picture for picture in fitted if not isinstance(picture, Clip)]
         if padding_image and len(pictures) == len(fitted) > 1:
             return list(self._encode_padded(pictures))
-        return [self._encode_clip(each) if isinstance(each, Clip) else self._encode_picture(each) for each in fitted]
+        return [self._encode_fitted(each) for each in fitted]
+
+    def _shown(
+        self, media: Sequence[MediaSource], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> list[Image | Video]:
+        """Codes of what stands in one prompt; that the model's context has room for them is found before they are."""
+        fitted = self._fit_all(media, min_pixels, max_pixels)
+        factor = self.vision.config.spatial_factor
+        cells = 0
+        for each in fitted:
+            first = each.frames[0] if isinstance(each, Clip) else each
+            frames = len(each.frames) // self.vision.config.temporal_factor if isinstance(each, Clip) else 1
+            cells += frames * (first.height // factor) * (first.width // factor)
+        context = self.decoder.config.max_position_embeddings
+        if cells >= context:
+            raise EmulusError(
+                f"what is shown has {cells} codes, but the model's longest sequence is {context} ids; "
+                "show less, or smaller: max_pixels"
+            )
+        return [self._encode_fitted(each) for each in fitted]
+
+    def _fit_all(
+        self, media: Sequence[MediaSource], min_pixels: int | None, max_pixels: int | None
+    ) -> list[PILImage.Image | Clip]:
+        return [self._fitted(medium, self.defaults.num_frames, min_pixels, max_pixels) for medium in media]
+
+    def _encode_fitted(self, fitted: PILImage.Image | Clip) -> Image | Video:
+        return self._encode_clip(fitted) if isinstance(fitted, Clip) else self._encode_picture(fitted)
 
     def _encode_picture(self, picture: PILImage.Image) -> Image:
         pixels = image_to_pixels(picture)
@@ -547,6 +627,8 @@ class Emulus:
         if not isinstance(media, Clip):
             least = self.defaults.min_pixels if min_pixels is None else min_pixels
             most = self.defaults.max_pixels if max_pixels is None else max_pixels
+            if least > most:
+                raise EmulusError(f"min_pixels ({least}) must be at most max_pixels ({most})")
             if not most:
                 return fit(media, height, width)
             factor = self.vision.config.spatial_factor
@@ -609,22 +691,34 @@ class Emulus:
         away, wording = self._negative(negative), self.preset.wording
         return templates.animate(self.grammar, prompt, t, h, w, rate, negative=away, wording=wording)
 
+    def _expect(self, task: str, items: Any = ()) -> None:
+        """Say once if the model was not trained for what is asked of it; refuse a single item where a list is meant."""
+        _check_list(items)
+        if self.bundle.tasks and task not in self.bundle.tasks and task not in self._said:
+            self._said.add(task)
+            logger.warning("%s was trained to %s, not to %s", self.bundle.source, _and(self.bundle.tasks), task)
+
     def _negative(self, given: str | None) -> str:
         return self.defaults.negative_prompt if given is None else given
 
     def _record(self, picture: PILImage.Image, request: Request, note: Mapping[str, Any]) -> str:
         """How a picture was made, as JSON."""
         size = {"height": picture.height, "width": picture.width}
-        made_by = {"model": self.bundle.source, "emulus": __version__}
-        return json.dumps({**note, **size, **dataclasses.asdict(request.params), **made_by}, ensure_ascii=False)
+        sampling = {name: value for name, value in dataclasses.asdict(request.params).items() if name in _OF_PICTURES}
+        made_by = {"model": self.bundle.source, **self.bundle.loading, "compat": self.compat, "emulus": __version__}
+        return json.dumps({**note, **size, **sampling, **made_by}, ensure_ascii=False)
 
     def _request(self, prompt: Prompt, seed: int, **sampling: Any) -> Request:
+        return _as_request(prompt, self._params(seed, **sampling))
+
+    def _params(self, seed: int, **sampling: Any) -> SamplingParams:
+        """The model's own settings, but for what is given."""
         defaults = {name: getattr(self.defaults, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
         values = {**defaults, "seed": seed, **{name: value for name, value in sampling.items() if value is not None}}
         known = {field.name for field in dataclasses.fields(SamplingParams)}
         for name in values.keys() - known:
             raise EmulusError(f"unknown option {name!r}; choose from {', '.join(sorted(known))}")
-        return Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=SamplingParams(**values))
+        return SamplingParams(**values)
 
     def _generate(self, requests: Sequence[Request]) -> list[Result]:
         """Run the engine, with a progress bar on a terminal."""
@@ -642,7 +736,14 @@ class Emulus:
         """The last picture or clip of a sequence."""
         # What stands before it was given, and is not looked at: with compat a text may hold any special.
         start = max(place for place, id in enumerate(ids) if id == self.grammar.vocabulary.boi)
-        (medium,) = self.grammar.parse(ids[start:]).document.segments
+        try:
+            (medium,) = self.grammar.parse(ids[start:]).document.segments
+        except (EmulusError, ValueError):
+            if self.compat is None:
+                raise
+            raise EmulusError(
+                "by the released rule this picture is not whole: it is narrow or not the first; leave compat away"
+            ) from None
         assert isinstance(medium, Image | Video), "BOI begins a medium"
         return medium
 
@@ -684,6 +785,25 @@ def _present(part: Any, name: str) -> Any:
     if part is None:
         raise EmulusError(f"this model has no {name}: its folder does not hold one")
     return part
+
+
+def _check_compat(compat: str | None) -> None:
+    if compat not in (None, "released"):
+        raise EmulusError(f"unknown compat {compat!r}; it is 'released' or None")
+
+
+def _check_list(items: Any) -> None:
+    """A single text or picture where several are meant would be taken apart."""
+    if isinstance(items, str | bytes | Path | PILImage.Image | Clip | Mapping) or not isinstance(items, Sequence):
+        raise EmulusError(f"several items are expected here, not one {type(items).__name__}: put it into a list")
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _as_request(prompt: Prompt, params: SamplingParams) -> Request:
+    return Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=params)
 
 
 def _content(content: Any) -> tuple[str, list[MediaSource]]:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from emulus.bundle import Bundle, GenerationDefaults
+from emulus.bundle import Bundle
 from emulus.media import Clip, write_image, write_video
 from emulus.model import Decoder, sized
 from emulus.pipeline import Emulus
+from emulus.presets import GenerationDefaults
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vocabulary import Vocabulary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import emulus.layouts.conversion as conversion
 from emulus.errors import EmulusError
 from emulus.layouts import Layout, convert, inspect_folder, read_text
 from emulus.model import Decoder, load_decoder, save_decoder, sized
+from emulus.presets import defaults_of
 from emulus.shards import Planned, dtypes_of, same, save_sharded
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
@@ -199,7 +201,8 @@ def test_there_and_back_is_the_identity(
 def test_a_converted_released_folder_is_like_the_hubs(released: Path, released_vision: Path, tmp_path: Path) -> None:
     convert(released, tmp_path / "ours", to="emulus", vision=released_vision)
     generation = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
-    assert generation == {"preset": "emu3", "height": 512, "width": 512}
+    assert generation == {"preset": "emu3", **dataclasses.asdict(defaults_of(inspect_folder(released)))}
+    assert (generation["height"], generation["width"], generation["top_k"]) == (512, 512, 2048)
     convert(tmp_path / "ours", tmp_path / "again", to="released", max_shard_bytes=100_000)
     for name in ("emu3.tiktoken", "emu3_vision_tokens.txt"):
         assert (tmp_path / "again" / name).read_text() == (released / name).read_text()

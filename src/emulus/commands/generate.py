@@ -29,6 +29,7 @@ class ModelOptions:
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: Of the decoder's weights; ``auto`` is float32, on a GPU bfloat16 for large models.
         quantize: Fewer bits for most of the decoder's weights.
+        preset: Whose prompts and defaults, if the model's folder does not look like it.
         compat: ``released`` repeats the released code where Emulus does better.
     """
 
@@ -37,6 +38,7 @@ class ModelOptions:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Quantization | None = None
+    preset: Literal["native", "emu3", "emu3-base", "emu3.5"] | None = None
     compat: Literal["released"] | None = None
 
     def load(self) -> emulus.Emulus:
@@ -47,6 +49,7 @@ class ModelOptions:
             device=self.device,
             dtype=self.dtype,
             quantize=self.quantize,
+            preset=self.preset,
             compat=self.compat,
         )
 
@@ -100,6 +103,7 @@ class DescribeOptions(ModelOptions):
         file: Pictures or clips. Each gets a caption; a question is about all of them.
         question: Answer this instead of writing captions.
         max_new_tokens: Longest caption or answer.
+        max_pixels: Larger pictures are shown at this area.
         seed: Matters at a temperature above 0.
         temperature: 0 takes the likeliest id each time.
     """
@@ -107,6 +111,7 @@ class DescribeOptions(ModelOptions):
     file: Annotated[tuple[Path, ...], tyro.conf.Positional]
     question: str | None = None
     max_new_tokens: int | None = None
+    max_pixels: int | None = None
     seed: int = 0
     temperature: float | None = None
 
@@ -167,7 +172,7 @@ def describe(arguments: Sequence[str]) -> None:
     """``emulus describe picture.png [more.png ...] [--question "what is it?"]``."""
     options = _parse(DescribeOptions, arguments, "emulus describe")
     model = options.load()
-    sampling = _values(options, ("seed", "temperature", "max_new_tokens"))
+    sampling = _values(options, ("seed", "temperature", "max_new_tokens", "max_pixels"))
     if options.question is None:
         print("\n".join(model.describe_all(options.file, **sampling)))
     else:

@@ -13,21 +13,16 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from emulus.bundle import defaults_of, preset_called
 from emulus.config import to_dict
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder
 from emulus.model import SIZES
 from emulus.placement import memory_table
+from emulus.presets import defaults_of, tasks_of
 from emulus.recipes import RECIPES, recipe
 from emulus.shards import dtypes_of
 from emulus.tokenizer.vocabulary import Vocabulary
 from emulus.weights import Tensors
-
-_NATIVE_TASKS = ["draw", "animate", "continue", "caption", "answer"]
-_DRAWING, _UNDERSTANDING = ["draw"], ["caption", "answer", "chat"]
-# Released models differ in nothing but their context: 9,216 ids are a drawing one's, 131,072 an understanding one's.
-_TASKS_BY_CONTEXT = {9216: _DRAWING, 131_072: _UNDERSTANDING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,23 +83,9 @@ def describe_contents(contents: Contents) -> dict[str, Any]:
         found["vocabulary"] = _ids(contents.vocabulary)
     found["text"] = contents.text_file.name if contents.text_file else None
     if contents.decoder is not None:
-        found["tasks"] = tasks(contents)
-        found["defaults"] = dataclasses.asdict(defaults_of(contents, preset_called(contents.preset).defaults))
+        found["tasks"] = list(tasks_of(contents))
+        found["defaults"] = dataclasses.asdict(defaults_of(contents))
     return found
-
-
-def tasks(contents: Contents) -> list[str]:
-    """What a model was trained to do, as far as its files say."""
-    if contents.decoder is None or contents.text_file is None or contents.vocabulary is None:
-        return []
-    if contents.preset == "native":
-        return _NATIVE_TASKS if contents.vision is not None else []
-    if contents.preset == "emu3-base":
-        return ["draw", "caption"]
-    both = _DRAWING + _UNDERSTANDING
-    if contents.layout != "released":
-        return both
-    return _TASKS_BY_CONTEXT.get(contents.decoder.max_position_embeddings, both)
 
 
 def _ids(vocabulary: Vocabulary) -> dict[str, Any]:

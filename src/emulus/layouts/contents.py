@@ -150,7 +150,6 @@ def _released_decoder(folder: Path, values: Mapping[str, Any]) -> Contents:
     vocabulary = _released_vocabulary(folder, decoder.vocab_size)
     if vocabulary is not None:
         _config(folder, lambda: check_roles(vocabulary, ids))
-    area = values.get("image_area")
     return _with_vision_folder(
         Contents(
             folder=folder,
@@ -160,7 +159,7 @@ def _released_decoder(folder: Path, values: Mapping[str, Any]) -> Contents:
             vocabulary=vocabulary,
             text_file=folder / EMU3_FILE if (folder / EMU3_FILE).exists() else None,
             generation=_generation(folder),
-            image_area=area if isinstance(area, int) else None,
+            image_area=_area(values),
             special_ids=ids,
         )
     )
@@ -220,6 +219,7 @@ def _whole_transformers(folder: Path, values: Mapping[str, Any]) -> Contents:
         vocabulary=_mapped_vocabulary(folder / CONFIG, vocabulary_map) or known(decoder.vocab_size),
         text_file=_transformers_text(folder),
         generation=_generation(folder),
+        image_area=_area(values),
         special_ids=configs.role_ids(text),
     )
 
@@ -238,6 +238,7 @@ def _transformers_decoder(folder: Path, values: Mapping[str, Any]) -> Contents:
         vocabulary=vocabulary,
         text_file=text_file,
         generation=_generation(folder),
+        image_area=_area(values),
         special_ids=configs.role_ids(values),
     )
 
@@ -297,15 +298,37 @@ def check_together(contents: Contents) -> None:
         )
 
 
+def with_vision(contents: Contents, folder: Path) -> Contents:
+    """A model with the vision tokenizer of another folder.
+
+    Raises:
+        EmulusError: That folder holds none, or one of another model.
+    """
+    other = inspect_folder(folder)
+    if other.vision is None:
+        raise EmulusError(f"{other.folder} holds no vision tokenizer; give the folder of one")
+    together = dataclasses.replace(contents, vision=other.vision, vision_tensors=other.vision_tensors)
+    check_together(together)
+    return together
+
+
 def _preset(contents: Contents) -> str:
-    decoder = contents.decoder
+    decoder, vision = contents.decoder, contents.vision
     if decoder is None:
-        return "native"
+        # By itself, the released vision tokenizer takes pictures as the models do that were trained with it.
+        released = VisionTokenizerConfig()
+        codes = (released.codebook_size, released.spatial_factor)
+        return "emu3" if vision and (vision.codebook_size, vision.spatial_factor) == codes else "native"
     if contents.layout == "emulus":
         return str(contents.generation.get("preset", "native"))
     if decoder.qk_norm or decoder.vocab_size == Vocabulary.emu3_5().size:
         return "emu3.5"
     return "emu3-base" if decoder.max_position_embeddings == BASE_CONTEXT else "emu3"
+
+
+def _area(values: Mapping[str, Any]) -> int | None:
+    area = values.get("image_area")
+    return area if isinstance(area, int) and area > 0 else None
 
 
 def _of_part(part: str, name: str) -> str | None:

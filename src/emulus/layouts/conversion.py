@@ -10,9 +10,10 @@ import torch
 
 from emulus.errors import EmulusError
 from emulus.files import COMPLETE, new_folder
-from emulus.layouts.contents import Contents, Layout, check_together, inspect_folder, read_text
+from emulus.layouts.contents import Contents, Layout, inspect_folder, read_text, with_vision
 from emulus.layouts.write import SHARD_BYTES, plan, write_folder
-from emulus.log import progress, progress_bar
+from emulus.log import logger, progress, progress_bar
+from emulus.presets import defaults_of
 from emulus.shards import dtypes_of, same
 
 
@@ -63,7 +64,9 @@ def convert(
     dst = dst if dst.name else dst.resolve()
     source = inspect_folder(src)
     if vision is not None:
-        source = _with_vision(source, vision)
+        if source.decoder is None:
+            raise EmulusError(f"{source.folder} holds no decoder that a vision tokenizer could be added to")
+        source = with_vision(source, vision)
     _check_free(dst, source.folder)
     if max_shard_bytes < 1:
         raise EmulusError(f"a weights file of at most {max_shard_bytes} bytes holds nothing; give a larger size")
@@ -72,22 +75,13 @@ def convert(
     with new_folder(dst) as temporary:
         with progress_bar(total, what="writing", unit="B") as bar:
             write_folder(source, temporary, to, dtype=dtype, max_shard_bytes=max_shard_bytes, moved=bar.update)
+        written = inspect_folder(temporary)
         if check:
-            _compare(source, inspect_folder(temporary), dtype)
+            _compare(source, written, dtype)
+    _say_what_is_lost(source, written)
     # Models have no such marker; the folder was renamed into place whole.
     (dst / COMPLETE).unlink()
     return Converted(folder=dst, tensors=len(planned), bytes=total, checked=check)
-
-
-def _with_vision(source: Contents, folder: Path) -> Contents:
-    other = inspect_folder(folder)
-    if other.vision is None:
-        raise EmulusError(f"{folder} holds no vision tokenizer; give the folder of one")
-    if source.decoder is None:
-        raise EmulusError(f"{source.folder} holds no decoder that a vision tokenizer could be added to")
-    both = dataclasses.replace(source, vision=other.vision, vision_tensors=other.vision_tensors)
-    check_together(both)
-    return both
 
 
 def _check_free(dst: Path, src: Path) -> None:
@@ -109,6 +103,16 @@ def _configs(contents: Contents, like: Contents) -> tuple[object, object]:
     return decoder, vision
 
 
+def _say_what_is_lost(source: Contents, written: Contents) -> None:
+    """Our own models' presets and sizes have no place in other layouts, which tell them from config and context."""
+    before, after = defaults_of(source), defaults_of(written)
+    if source.preset not in ("native", written.preset):
+        logger.warning("this layout looks like preset %s; load it with preset %s", written.preset, source.preset)
+    if source.preset != "native" and (before.height, before.width) != (after.height, after.width):
+        drawn, asked = (f"{each.width}x{each.height}" for each in (after, before))
+        logger.warning("in this layout pictures are of %s pixels by default; ask for %s", drawn, asked)
+
+
 def _compare(source: Contents, written: Contents, dtype: torch.dtype | None) -> None:
     """Refuse what is not the source: its configs, tensors, text pieces or vocabulary."""
     if _configs(written, source) != _configs(source, source):
@@ -117,11 +121,11 @@ def _compare(source: Contents, written: Contents, dtype: torch.dtype | None) -> 
         (source.decoder_tensors, written.decoder_tensors, dtype),
         (source.vision_tensors, written.vision_tensors, None),
     )
-    for before, after, kind in parts:
-        stored, found = dtypes_of(before), dtypes_of(after)
-        for name in progress(before, what="checking", total=len(before)):
+    for theirs, ours, kind in parts:
+        stored, found = dtypes_of(theirs), dtypes_of(ours)
+        for name in progress(theirs, what="checking", total=len(theirs)):
             wanted = kind if kind is not None and stored[name].is_floating_point else stored[name]
-            if found[name] != wanted or not same(before[name], after[name], wanted):
+            if found[name] != wanted or not same(theirs[name], ours[name], wanted):
                 raise EmulusError(f"{name} was not written as it was read; the disk may be failing: try another one")
     texts = [read_text(contents) for contents in (source, written)]
     pieces = [list(text.pieces) if text is not None else None for text in texts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from emulus.layouts.names import Part, shape_in_transformers, to_transformers, v
 from emulus.layouts.text import spelling, write_tokenizer
 from emulus.layouts.vocabulary import FIRST_NAMES, ROLE_NAMES, names_after_text, whole_map
 from emulus.model.weights import expected_shapes
+from emulus.presets import defaults_of
 from emulus.shards import Planned, dtypes_of, save_sharded
 from emulus.tokenizer.text import EMU3_FILE
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.weights import CONFIG, Shapes, Tensors
 
 SHARD_BYTES = 5 * 10**9
-RELEASED_AREA = 720 * 720
-"""Of the pictures a released decoder draws when its config does not say: its config class's default."""
 _PIXELS = {"min_pixels": 512 * 512, "max_pixels": 1024 * 1024}
 
 Files = dict[str, Any]
@@ -123,13 +122,10 @@ def _emulus(contents: Contents, dtype: torch.dtype | None) -> dict[str, Files]:
     files: Files = {CONFIG: {"model_type": "emulus", **contents.decoder.to_dict()}}
     if contents.vocabulary is not None:
         files[VOCABULARY_FILE] = contents.vocabulary.to_dict()
-    if contents.layout == "emulus":
+    if contents.layout != "emulus":
+        files[GENERATION_FILE] = {"preset": contents.preset, **dataclasses.asdict(defaults_of(contents))}
+    elif contents.generation:
         files[GENERATION_FILE] = dict(contents.generation)
-    else:
-        side = round(math.sqrt(_image_area(contents)))
-        files[GENERATION_FILE] = {"preset": contents.preset, "height": side, "width": side}
-    if not files[GENERATION_FILE]:
-        del files[GENERATION_FILE]
     return {"": files, **({VISION_FOLDER: vision} if vision else {})}
 
 
@@ -190,8 +186,10 @@ def _transformers(contents: Contents, dtype: torch.dtype | None) -> dict[str, Fi
     text = configs.decoder_to_transformers(contents.decoder, ids)
     sampling = {"do_sample": True, "top_k": 2048, "max_new_tokens": 50_000}
     files: Files = {GENERATION_FILE: {**_end_ids(ids), **sampling}}
+    # Not of transformers, which keeps it: of what size the model draws is nowhere else in this layout.
+    area = {"image_area": _image_area(contents)}
     if vision is None or contents.vision is None:
-        files[CONFIG] = {"architectures": ["Emu3ForCausalLM"], **text, "dtype": kind}
+        files[CONFIG] = {"architectures": ["Emu3ForCausalLM"], **text, **area, "dtype": kind}
         return {"": files}
     if contents.vocabulary is None or contents.text_file is None:
         raise EmulusError("it has no text vocabulary, which a whole Emu3 of transformers needs; add its files")
@@ -201,6 +199,7 @@ def _transformers(contents: Contents, dtype: torch.dtype | None) -> dict[str, Fi
         "architectures": ["Emu3ForConditionalGeneration"],
         "model_type": "emu3",
         "dtype": kind,
+        **area,
         "text_config": text,
         "tie_word_embeddings": contents.decoder.tie_word_embeddings,
         "vq_config": vision,
@@ -266,10 +265,8 @@ def _end_ids(ids: Mapping[str, int]) -> dict[str, int]:
 
 
 def _image_area(contents: Contents) -> int:
-    sides = [contents.generation.get(side) for side in ("height", "width")]
-    if contents.image_area is None and all(isinstance(side, int) for side in sides):
-        return math.prod(side for side in sides if side)
-    return contents.image_area or RELEASED_AREA
+    defaults = defaults_of(contents)
+    return contents.image_area or defaults.height * defaults.width
 
 
 def _preprocessing(vision: VisionTokenizerConfig) -> dict[str, Any]:

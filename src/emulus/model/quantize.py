@@ -23,7 +23,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 """Last part of the names of the layers that are quantised."""
 
 # Weights that are made whole at a time: enough to keep a multiplication busy, little beside the model.
-_CHUNK = 2**23
+_CHUNK = 2**20
 
 
 class QuantizedLinear(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from emulus.bundle import GenerationDefaults
 from emulus.data.tokens import TokenizeConfig
+from emulus.presets import GenerationDefaults
 from emulus.recipes.emoji import DATA
 from emulus.recipes.recipe import Recipe
 from emulus.tokenizer.vision import VisionTokenizerConfig

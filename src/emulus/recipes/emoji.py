@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from emulus.bundle import GenerationDefaults
 from emulus.data.tokens import TokenizeConfig
+from emulus.presets import GenerationDefaults
 from emulus.recipes.recipe import Recipe
 from emulus.tokenizer.vision import VisionTokenizerConfig
 from emulus.tokenizer.vision.codebook import CodebookConfig

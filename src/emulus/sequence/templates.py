@@ -61,10 +61,10 @@ What stands between an answer and the next question was not published; a space i
 Source: baaivision/Emu3, emu3/mllm/processing_emu3.py, multimodal_understanding.py.
 """
 
-EMU3_BASE = Wording(turn="{media}{text}")
-"""Emu3-Stage1's: the picture, and the beginning of its caption if there is one.
+EMU3_BASE = Wording(turn="{media}{text}", describe="Please describe the image")
+"""Emu3-Stage1's: the picture, then the text.
 
-Source: baaivision/Emu3, the captioning template of its README.
+Source: baaivision/Emu3, the captioning template of its README and the question it is used with.
 """
 
 EMU3_5 = Wording(

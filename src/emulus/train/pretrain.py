@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from emulus.bundle import Bundle, GenerationDefaults
+from emulus.bundle import Bundle
 from emulus.data.source import even
 from emulus.data.tokens import SETTINGS, Tokens
 from emulus.device import pick_device
 from emulus.errors import EmulusError, at_least
 from emulus.model import Decoder, sized
 from emulus.pipeline import Emulus
+from emulus.presets import GenerationDefaults
 from emulus.sequence import (
     Batch,
     Document,
