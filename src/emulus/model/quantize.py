@@ -105,10 +105,15 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         """Multiply, in the input's type."""
         step = max(1, _CHUNK // self.in_features)
-        parts = [
-            F.linear(x, self.dequantize(start, start + step).to(x.dtype)) for start in range(0, self.out_features, step)
-        ]
+        parts = [self._rows(x, start, start + step) for start in range(0, self.out_features, step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if self.low is not None:
+            return F.linear(x, self.dequantize(start, stop).to(x.dtype))
+        # One scale a row may as well be multiplied at the end, where there is less to multiply.
+        whole = F.linear(x, self.q[start:stop].to(x.dtype))
+        return (whole.float() * self.scale[start:stop, 0]).to(x.dtype)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
