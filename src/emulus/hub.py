@@ -26,12 +26,7 @@ from emulus.files import disk_errors, read_json
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-EMU3_GEN = "BAAI/Emu3-Gen"
-EMU3_CHAT = "BAAI/Emu3-Chat"
-EMU3_STAGE1 = "BAAI/Emu3-Stage1"
 EMU3_VISION = "BAAI/Emu3-VisionTokenizer"
-EMU3_GEN_HF = "BAAI/Emu3-Gen-hf"
-EMU3_CHAT_HF = "BAAI/Emu3-Chat-hf"
 
 # What a checkpoint is read from, at the top and in vision/; "*" matches "/" too. Pickles and code are never wanted,
 # and neither are the older checkpoints that some repositories keep in folders of their own.
