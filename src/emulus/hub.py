@@ -104,22 +104,28 @@ def _from_hub(repository: str, revision: str, cache_dir: Path | None) -> Path:
     return _download(info, repository, revision, cache)
 
 
+def _snapshot(repository: str, revision: str, cache: Path, **options: Any) -> Path:
+    """What is read of a revision, as huggingface_hub keeps it."""
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        repository,
+        revision=revision,
+        cache_dir=cache,
+        allow_patterns=_WANTED,
+        ignore_patterns=_UNWANTED,
+        **options,
+    )
+    return Path(folder)
+
+
 def _cached(repository: str, revision: str, cache: Path) -> tuple[Path | None, list[str]]:
     """The folder of a revision in the cache, if there is one, and the files it lacks to be a whole model."""
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                cache_dir=cache,
-                allow_patterns=_WANTED,
-                ignore_patterns=_UNWANTED,
-                local_files_only=True,
-            )
-        )
+        folder = _snapshot(repository, revision, cache, local_files_only=True)
     except IncompleteSnapshotError as error:
         folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
@@ -166,23 +172,11 @@ class _Bar(tqdm):
 
 
 def _download(info: ModelInfo, repository: str, revision: str, cache: Path) -> Path:
-    from huggingface_hub import snapshot_download
-
     _announce(info, repository, cache)
     try:
         # One file at a time: of a file that is not finished when the program is stopped nothing is kept, and a shard
         # is gigabytes.
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                cache_dir=cache,
-                allow_patterns=_WANTED,
-                ignore_patterns=_UNWANTED,
-                max_workers=1,
-                tqdm_class=_Bar,  # type: ignore[arg-type]
-            )
-        )
+        folder = _snapshot(repository, revision, cache, max_workers=1, tqdm_class=_Bar)
     except Exception as error:
         network = _is_the_hubs(error)
         if isinstance(error, OSError) and error.errno and not network:
