@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 from emulus.engine.engine import Engine
-from emulus.engine.request import Done, Event, Frame, Request, Result, Row, TextPiece, Token
+from emulus.engine.request import Counts, Done, Event, Failed, Frame, Request, Result, Row, TextPiece, Token
+from emulus.engine.schedule import Jacobi, Schedule, Sequential, Zipar
 
-__all__ = ["Done", "Engine", "Event", "Frame", "Request", "Result", "Row", "TextPiece", "Token"]
+__all__ = [
+    "Counts",
+    "Done",
+    "Engine",
+    "Event",
+    "Failed",
+    "Frame",
+    "Jacobi",
+    "Request",
+    "Result",
+    "Row",
+    "Schedule",
+    "Sequential",
+    "TextPiece",
+    "Token",
+    "Zipar",
+]

@@ -112,4 +112,27 @@ class Done:
     result: Result
 
 
-Event = Token | Row | Frame | TextPiece | Done
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A request could not be begun, e.g. for want of memory; others go on."""
+
+    request: int
+    message: str
+
+
+Event = Token | Row | Frame | TextPiece | Done | Failed
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What an engine has done.
+
+    Attributes:
+        forwards: Steps of the model, each for all running requests; prompts are not counted.
+        tokens: Ids generated, those that the grammar forces included.
+        computed: Tokens that went through the model in those steps, null prompts' and wrong guesses included.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    computed: int = 0

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from emulus.engine.request import Done, Event, Frame, Request, Result, Row, TextPiece, Token
 from emulus.errors import EmulusError
 from emulus.sequence.allowed import Allowed
 from emulus.sequence.grammar import Grammar
+from emulus.sequence.layout import CELL, Ids
 
 # A character has at most four bytes; more ids than that without a readable end are not going to become one.
 _LONGEST_CHARACTER = 4
+
+_CHOICE: Ids = np.array([CELL])
+
+
+class Rest(NamedTuple):
+    """What is missing of a picture or clip.
+
+    Attributes:
+        ids: What the grammar forces, and ``CELL`` where a cell is chosen.
+        width: Cells in a row.
+    """
+
+    ids: Ids
+    width: int
 
 
 class Walk:
@@ -20,7 +37,7 @@ class Walk:
     Attributes:
         index: The request's place in the list.
         request: What was asked.
-        fresh: Generated ids that the model has not been fed yet.
+        fresh: Ids that the model has not been fed yet, the last of the prompt to begin with.
         finished: Whether it is over.
         length: Most ids that prompt and answer can come to, end of document included.
     """
@@ -40,7 +57,7 @@ class Walk:
         """
         self.index = index
         self.request = request
-        self.fresh: list[int] = []
+        self.fresh = list(request.prompt_ids[-1:])
         self.finished = False
         self._grammar = grammar
         self._ids: list[int] = []
@@ -54,7 +71,7 @@ class Walk:
         longest = max(map(len, prompts))
         self._limit = self._room(longest, context)
         self.length = longest + self._limit
-        self._codes = self._codes_of_open_frame()
+        self._cells = self._cells_of_prompt()
 
     @property
     def position(self) -> int:
@@ -66,16 +83,50 @@ class Walk:
         """Most ids it can generate; exactly so many when only an open medium is finished."""
         return self._limit
 
+    @property
+    def rest(self) -> Rest | None:
+        """What is missing of the open picture or clip; None outside of one, or where the limit comes before its end."""
+        ids, size = self._state.upcoming, self._state.position.size
+        return Rest(ids, size.w) if size is not None and 0 < len(ids) <= self._room_left else None
+
     def allowed(self) -> Allowed:
         """Which ids may come next."""
         return self._state.allowed()
+
+    def upcoming(self, cells: int) -> Ids:
+        """The next id to be chosen and, in a picture or clip, what follows it up to the ``cells``-th choice.
+
+        ``CELL`` stands for a choice, anything else is what the grammar forces.
+        """
+        # Between two cells stand two ids at most: the ends of a row and of a frame.
+        rest = self._state.upcoming[: min(3 * cells, self._room_left)]
+        if cells == 1 or not len(rest):
+            return _CHOICE
+        places = np.flatnonzero(rest == CELL)[:cells]
+        return rest[: places[-1] + 1]
+
+    def nearby(self, guesses: Sequence[int], count: int) -> list[int]:
+        """Guess further cells of the open picture or clip: as in the frame before, else as above, else as to the left.
+
+        Args:
+            guesses: What the next cells are guessed to be.
+            count: How many more to guess.
+        """
+        size = self._state.position.size
+        assert size is not None, "there are cells only in pictures and clips"
+        cells = self._cells + list(guesses)
+        known = len(cells)
+        for _ in range(count):
+            back = next((step for step in (size.h * size.w, size.w, 1) if step <= len(cells)), 0)
+            cells.append(cells[-back] if back else self._grammar.vocabulary.visual_start)
+        return cells[known:]
 
     def run_forced(self) -> Iterator[Event]:
         """Take every id that needs no model: what the grammar forces, and the end at the limit."""
         eos = self._grammar.vocabulary.eos
         while not self.finished:
             forced = self._state.allowed().forced
-            at_limit = len(self._ids) >= self._limit - 1
+            at_limit = self._room_left <= 0
             if forced is not None and (forced == eos or not at_limit):
                 yield from self.take(forced)
             elif at_limit:
@@ -95,7 +146,7 @@ class Walk:
             self._text.append(id)
         yield from self._readable(flush=not is_text)
         if vocabulary.is_visual(id):
-            yield from self._whole(id - vocabulary.visual_start)
+            yield from self._whole(id)
         if self._state.done:
             yield self._done("end")
 
@@ -114,14 +165,16 @@ class Walk:
             return known
         return min(self._state.least + self.request.params.max_new_tokens, context - prompt)
 
-    def _codes_of_open_frame(self) -> list[int]:
-        """The cells that the prompt holds of the frame it breaks off in."""
-        position, vocabulary = self._state.position, self._grammar.vocabulary
-        if position.size is None:
-            return []
-        count = position.cells % (position.size.h * position.size.w)
-        codes = [id - vocabulary.visual_start for id in self.request.prompt_ids if vocabulary.is_visual(id)]
-        return codes[len(codes) - count :]
+    @property
+    def _room_left(self) -> int:
+        """Ids that may be taken before the end."""
+        return self._limit - 1 - len(self._ids)
+
+    def _cells_of_prompt(self) -> list[int]:
+        """The cells that the prompt holds of the picture or clip it breaks off in."""
+        cells = self._state.position.cells
+        visual = [id for id in self.request.prompt_ids if self._grammar.vocabulary.is_visual(id)]
+        return visual[len(visual) - cells :]
 
     def _readable(self, *, flush: bool) -> Iterator[Event]:
         if not self._text:
@@ -132,17 +185,23 @@ class Walk:
             self._text = []
             yield TextPiece(request=self.index, text=text)
 
-    def _whole(self, code: int) -> Iterator[Event]:
-        self._codes.append(code)
+    def _whole(self, id: int) -> Iterator[Event]:
         position = self._state.position
         size = position.size
-        if size is None or position.column:
+        if size is None:
             return
-        row = tuple(self._codes[-size.w :])
-        yield Row(request=self.index, size=size, index=position.rows - 1, codes=row)
+        if position.cells == 1:
+            self._cells = []
+        self._cells.append(id)
+        if position.column:
+            return
+        yield Row(request=self.index, size=size, index=position.rows - 1, codes=self._codes(size.w))
         if position.row == 0:
-            yield Frame(request=self.index, size=size, index=position.frames - 1, codes=tuple(self._codes))
-            self._codes = []
+            yield Frame(request=self.index, size=size, index=position.frames - 1, codes=self._codes(size.h * size.w))
+
+    def _codes(self, count: int) -> tuple[int, ...]:
+        """Visual codes of the last cells."""
+        return tuple(id - self._grammar.vocabulary.visual_start for id in self._cells[-count:])
 
     def _cut(self, eos: int) -> Iterator[Event]:
         """End a document that may grow no longer."""

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emulus.engine.cache import Lane
+from emulus.engine.runner import AT_ONCE, Feed, Runner
 from emulus.log import progress
 from emulus.model import Decoder
 from emulus.sequence import pack
@@ -80,26 +82,32 @@ def score_endings(
     Returns:
         Natural logarithm of each ending's probability.
     """
-    device = decoder.lm_head.weight.device
-    start, longest = len(beginning), max(len(ending) for ending in endings)
-    # A shorter ending is filled up with zeros, which come after everything that is scored.
-    ids = torch.zeros(len(endings), longest, dtype=torch.int64, device=device)
-    real = torch.zeros_like(ids, dtype=torch.bool)
-    for row, ending in enumerate(endings):
-        ids[row, : len(ending)] = torch.from_numpy(ending)
-        real[row, : len(ending)] = True
-    with evaluating(decoder):
-        once = decoder.new_cache(1, start, torch.float32)
-        first = torch.from_numpy(beginning).to(device)[None]
-        last = decoder.hidden(first, position_ids=torch.arange(start, device=device)[None], cache=once)[:, -1:]
-        cache = decoder.new_cache(len(endings), start + longest, torch.float32)
-        cache.begin_with(once)
-        positions = torch.arange(start, start + longest, device=device).expand(len(endings), -1)
-        hidden = decoder.hidden(ids, position_ids=positions, cache=cache)
-        before = torch.cat([last.expand(len(endings), -1, -1), hidden[:, :-1]], dim=1)
-        scores = torch.zeros(ids.shape, dtype=torch.float64, device=device)
-        scores[real] = log_probabilities(decoder, before[real], ids[real], vocab_range)
-    return scores.sum(1).tolist()
+    runner = Runner(decoder)
+    start = len(beginning)
+    first = runner.new_lane(start)
+    last = _read(runner, first, beginning.tolist())[-1:]
+    lanes = [runner.new_lane(start + len(ending)) for ending in endings]
+    for lane in lanes:
+        lane.begin_like(first, start)
+    feeds = [
+        Feed(lane=lane, ids=ending.tolist(), wanted=range(len(ending)))
+        for lane, ending in zip(lanes, endings, strict=True)
+    ]
+    hidden = runner.forward(feeds).split([len(ending) for ending in endings])
+    before = torch.cat([state for states in hidden for state in (last, states[:-1])])
+    ids = torch.from_numpy(np.concatenate(endings)).to(before.device)
+    scores = log_probabilities(decoder, before, ids, vocab_range)
+    return [float(part.sum()) for part in scores.split([len(ending) for ending in endings])]
+
+
+def _read(runner: Runner, lane: Lane, ids: Sequence[int]) -> Float[Tensor, "wanted hidden"]:
+    """Compute the beginning of a sequence, in pieces; gives the last state."""
+    hidden = torch.empty(0)
+    for start in range(0, len(ids), AT_ONCE):
+        piece = ids[start : start + AT_ONCE]
+        hidden = runner.forward([Feed(lane=lane, ids=piece)])
+        lane.length += len(piece)
+    return hidden
 
 
 def log_probabilities(

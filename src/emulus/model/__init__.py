@@ -1,4 +1,4 @@
-"""ids -> logits. The decoder: its shape, its maths, its cache of keys and values, its files."""
+"""ids -> logits. The decoder: its shape, its maths, its files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from emulus.lazy import lazy
 from emulus.model.config import SIZES, DecoderConfig, sized
 
 if TYPE_CHECKING:
-    from emulus.model.cache import KVCache
     from emulus.model.transformer import Decoder
     from emulus.model.weights import load_config, load_decoder, save_decoder
 
@@ -16,7 +15,6 @@ __all__ = [
     "SIZES",
     "Decoder",
     "DecoderConfig",
-    "KVCache",
     "load_config",
     "load_decoder",
     "save_decoder",
@@ -26,7 +24,6 @@ __getattr__ = lazy(
     __name__,
     {
         "Decoder": "transformer",
-        "KVCache": "cache",
         "load_config": "weights",
         "load_decoder": "weights",
         "save_decoder": "weights",

@@ -10,12 +10,12 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from emulus.errors import EmulusError
-from emulus.model.cache import KVCache
 from emulus.model.config import DecoderConfig
+from emulus.model.linear import linear
 
 
 class RMSNorm(nn.Module):
@@ -27,10 +27,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """Normalise the last axis; the cast back comes before the weight, as released."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        """Normalise the last axis."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Float[Tensor, "... size"], weight: Float[Tensor, " size"], eps: float) -> Float[Tensor, "... size"]:
+    """Scale to unit mean square in float32, then by ``weight``; the cast back comes in between, as released."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
 
 
 class Rotary(NamedTuple):
@@ -45,10 +50,6 @@ class Context(NamedTuple):
 
     rotary: Rotary
     document_lengths: Sequence[int] | None
-    cache: KVCache | None
-    position_ids: Int[Tensor, "batch tokens"]
-    visible: int
-    mask: Bool[Tensor, "batch 1 tokens slots"] | None
 
 
 def rotary(position_ids: Int[Tensor, "batch tokens"], width: int, theta: float) -> Rotary:
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Float[Tensor, "batch tokens hidden"], context: Context, layer: int
+        self, x: Float[Tensor, "batch tokens hidden"], context: Context
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Mix each token with those before it."""
         batch, tokens, _ = x.shape
@@ -104,9 +105,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        if context.cache is not None:
-            out = self._cached(q, k, v, context, context.cache, layer)
-        elif context.document_lengths is not None:
+        if context.document_lengths is not None:
             out = self._packed(q, k, v, context.document_lengths)
         else:
             out = self._causal(q, k, v)
@@ -120,12 +119,6 @@ class Attention(nn.Module):
         # Each document is attended to by itself, so none can see another and no mask matrix exists.
         parts = zip(*(tensor.split(list(lengths), dim=2) for tensor in (q, k, v)), strict=True)
         return torch.cat([self._causal(*part) for part in parts], dim=2)
-
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: KVCache, layer: int) -> Tensor:
-        cache.write(layer, context.position_ids, k, v)
-        keys = cache.keys[layer][:, :, : context.visible].to(q.dtype)
-        values = cache.values[layer][:, :, : context.visible].to(q.dtype)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=context.mask, enable_gqa=True)
 
 
 class MLP(nn.Module):
@@ -159,10 +152,10 @@ class Block(nn.Module):
         return self.input_layernorm.weight.device
 
     def forward(
-        self, x: Float[Tensor, "batch tokens hidden"], context: Context, layer: int
+        self, x: Float[Tensor, "batch tokens hidden"], context: Context
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Add what attention and MLP have to say."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context, layer))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -189,27 +182,17 @@ class Backbone(nn.Module):
         input_ids: Int[Tensor, "batch tokens"],
         position_ids: Int[Tensor, "batch tokens"],
         document_lengths: Sequence[int] | None,
-        cache: KVCache | None,
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Run every block, each where it lies."""
-        visible = cache.visible(position_ids) if cache is not None else 0
         context: Context | None = None
         x = self.dropout(self.embed_tokens(input_ids.to(self.embed_tokens.weight.device)))
-        for index, layer in enumerate(self.blocks):
+        for layer in self.blocks:
             if context is None or layer.device != x.device:
                 x = x.to(layer.device)
-                context = self._context(position_ids.to(layer.device), document_lengths, cache, visible)
-            x = layer(x, context, index)
+                table = rotary(position_ids.to(layer.device), self.config.head_width, self.config.rope_theta)
+                context = Context(table, document_lengths)
+            x = layer(x, context)
         return self.norm(x.to(self.norm.weight.device))
-
-    def _context(
-        self, position_ids: Tensor, document_lengths: Sequence[int] | None, cache: KVCache | None, visible: int
-    ) -> Context:
-        table = rotary(position_ids, self.config.head_width, self.config.rope_theta)
-        if cache is None:
-            return Context(table, document_lengths, None, position_ids, 0, None)
-        mask = torch.arange(visible, device=position_ids.device) <= position_ids[:, None, :, None]
-        return Context(table, None, cache, position_ids, visible, mask)
 
 
 class Decoder(nn.Module):
@@ -255,7 +238,6 @@ class Decoder(nn.Module):
         *,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
         document_lengths: Sequence[int] | None = None,
-        cache: KVCache | None = None,
         vocab_range: tuple[int, int] | None = None,
         last_only: bool = False,
     ) -> Float[Tensor, "batch positions ids"]:
@@ -264,9 +246,8 @@ class Decoder(nn.Module):
         Args:
             input_ids: Ids, each below ``config.vocab_size``.
             position_ids: Position of each token in its document; by default counted from 0 (from 0 again in
-                each document when packed). Required with ``cache``.
+                each document when packed).
             document_lengths: One row holds these documents end to end, and none sees another (training).
-            cache: Tokens seen before; the new ones are added at their positions (decoding).
             vocab_range: Only these ids' logits, ``(start, stop)``.
             last_only: Only the last position's logits.
 
@@ -275,9 +256,9 @@ class Decoder(nn.Module):
             itself is in the lower precision.
 
         Raises:
-            EmulusError: The arguments do not fit together, or a position lies beyond the cache.
+            EmulusError: The document lengths are not those of the row.
         """
-        hidden = self.hidden(input_ids, position_ids=position_ids, document_lengths=document_lengths, cache=cache)
+        hidden = self.hidden(input_ids, position_ids=position_ids, document_lengths=document_lengths)
         return self.head(hidden[:, -1:] if last_only else hidden, vocab_range)
 
     def hidden(
@@ -286,15 +267,12 @@ class Decoder(nn.Module):
         *,
         position_ids: Int[Tensor, "batch tokens"] | None = None,
         document_lengths: Sequence[int] | None = None,
-        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Compute what the head reads: the last block's output after the final norm.
 
         Arguments and errors are those of :meth:`forward`.
         """
         batch, tokens = input_ids.shape
-        if cache is not None and (position_ids is None or document_lengths is not None):
-            raise EmulusError("with a key/value cache, give position_ids and no document_lengths")
         if document_lengths is not None and (batch != 1 or sum(document_lengths) != tokens):
             raise EmulusError(
                 f"document_lengths sum to {sum(document_lengths)} but the batch is {batch} x {tokens} ids; "
@@ -302,30 +280,13 @@ class Decoder(nn.Module):
             )
         if position_ids is None:
             position_ids = default_positions(batch, tokens, document_lengths, input_ids.device)
-        return self.model(input_ids, position_ids, document_lengths, cache)
-
-    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
-        """Make an empty cache of keys and values, each layer's where that layer lies.
-
-        Args:
-            batch: Rows.
-            max_length: Slots per row.
-            dtype: Of keys and values; by default the decoder's own.
-
-        Raises:
-            EmulusError: There is not enough memory for it.
-        """
-        devices = {f"model.layers.{index}": layer.device for index, layer in enumerate(self.model.blocks)}
-        return KVCache(self.config, batch, max_length, dtype or self.lm_head.weight.dtype, devices.__getitem__)
+        return self.model(input_ids, position_ids, document_lengths)
 
     def head(
         self, hidden: Float[Tensor, "*rows hidden"], vocab_range: tuple[int, int] | None = None
     ) -> Float[Tensor, "*rows ids"]:
         """Turn hidden states into float32 logits, of all ids or of ``vocab_range`` (start, stop) only."""
-        weight = self.lm_head.weight
-        if vocab_range is not None:
-            weight = weight[vocab_range[0] : vocab_range[1]]
-        return F.linear(hidden, weight).float()
+        return linear(hidden, self.lm_head, vocab_range).float()
 
 
 def default_positions(

@@ -1,16 +1,93 @@
-"""From guided logits of the legal ids to one id per row."""
+"""From logits of the legal ids to one id per row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emulus.kernels import native
 from emulus.sampling.filters import apply_temperature, top_k, top_p
+from emulus.sampling.guidance import apply_guidance
 from emulus.sampling.noise import gumbel
 from emulus.sampling.params import SamplingParams
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One id to be chosen.
+
+    Attributes:
+        ranges: Half-open ranges of the ids that may come.
+        params: How to choose.
+        position: Where in its sequence the id will stand; with the seed it keys the noise.
+        cond: Which row of logits is the prompt's.
+        null: Which one is the null prompt's; None without guidance.
+    """
+
+    ranges: Ranges
+    params: SamplingParams
+    position: int
+    cond: int
+    null: int | None = None
+
+    @property
+    def kind(self) -> tuple[Ranges, float | None, float, int, float]:
+        """What questions must share to be answered together."""
+        p = self.params
+        return self.ranges, None if self.null is None else p.guidance_scale, p.temperature, p.top_k, p.top_p
+
+
+def choose(
+    logits: Callable[[list[int], Ranges], Float[Tensor, "rows ids"]], questions: Sequence[Question]
+) -> list[int]:
+    """Choose one id for every question.
+
+    Args:
+        logits: Gives logits of rows, of the ids of these ranges only.
+        questions: What is to be chosen; those of one kind are answered together.
+
+    Returns:
+        The ids, in order.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault(question.kind, []).append(index)
+    chosen = [0] * len(questions)
+    for indices in groups.values():
+        group = [questions[index] for index in indices]
+        for index, id in zip(indices, _answer(logits, group), strict=True):
+            chosen[index] = id
+    return chosen
+
+
+def _answer(logits: Callable[[list[int], Ranges], Tensor], group: Sequence[Question]) -> list[int]:
+    """Answer questions of one kind."""
+    ranges, scale = group[0].ranges, group[0].params.guidance_scale
+    null_rows = [question.null for question in group if question.null is not None]
+    both = logits([question.cond for question in group] + null_rows, ranges)
+    cond, null = both[: len(group)], both[len(group) :] if null_rows else None
+    params, positions = [question.params for question in group], [question.position for question in group]
+    if both.device.type == "cpu" and len(ranges) == 1 and params[0].top_p == 1 and native.available():
+        columns = native.choose(
+            cond,
+            null,
+            scale=scale,
+            temperature=params[0].temperature,
+            k=params[0].top_k,
+            seeds=torch.tensor([p.seed for p in params]),
+            positions=torch.tensor(positions),
+            first_id=ranges[0][0],
+        )
+        return (columns + ranges[0][0]).tolist()
+    guided = cond.float() if null is None else apply_guidance(cond, null, scale)
+    legal = torch.cat([torch.arange(start, stop, device=both.device) for start, stop in ranges])
+    return sample(guided, legal, params, positions)
 
 
 def sample(

@@ -449,6 +449,11 @@ class GrammarState:
         settled = self.done or (not self._may and self._kind not in ("meta", "action"))
         return self.least if settled else None
 
+    @property
+    def upcoming(self) -> Ids:
+        """The rest of the open picture or clip: forced ids, and ``CELL`` for every cell to be drawn; else nothing."""
+        return self._block[self._offset :] if self._kind in _MEDIA else _NO_IDS
+
     def allowed(self) -> Allowed:
         """Which ids may come next."""
         return self._allowed

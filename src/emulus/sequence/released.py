@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
+
 from emulus.errors import EmulusError
 from emulus.sequence.allowed import Allowed, Position, only
 from emulus.sequence.document import MediaSize
+from emulus.sequence.layout import Ids
 from emulus.tokenizer.vocabulary import Vocabulary
 
 
@@ -75,6 +78,11 @@ class ReleasedState:
         passed = to_eos < 0
         shadowed = (self._offset + to_eos) % (self._size.w + 1) == 0
         return None if passed or shadowed else to_eos + 1
+
+    @property
+    def upcoming(self) -> Ids:
+        """Nothing: what this rule forces where is found out step by step."""
+        return np.empty(0, np.int64)
 
     def allowed(self) -> Allowed:
         """Which ids may come next."""

@@ -1,0 +1,280 @@
+"""Which requests are computed together: a queue, a budget of memory, and one step for all that are running."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from emulus.engine.cache import Lane
+from emulus.engine.pace import Pace
+from emulus.engine.request import Counts, Event, Failed
+from emulus.engine.runner import AT_ONCE, Feed, Runner
+from emulus.engine.schedule import Ask, Course, Schedule
+from emulus.engine.walk import Walk
+from emulus.errors import EmulusError
+from emulus.placement import free_memory
+from emulus.sampling.draw import Question, choose
+
+# What is left to others of the memory that is free when the engine begins.
+_SHARE = 0.9
+
+
+@dataclass(kw_only=True)
+class _Track:
+    """One sequence of a request: its prompt or its null prompt, and what follows.
+
+    Attributes:
+        lane: Its keys and values.
+        prompt: The ids before what is generated; the last of them is computed with the first step.
+        started: Whether that has happened.
+    """
+
+    lane: Lane
+    prompt: Sequence[int]
+    started: bool = False
+
+    @property
+    def missing(self) -> int:
+        """Ids of the prompt that are to be computed before the first step."""
+        return 0 if self.started else len(self.prompt) - 1 - self.lane.length
+
+    def feed(self, ask: Ask) -> Feed:
+        """Put what a course asks into this sequence."""
+        # The course knows the prompt only; the null prompt may end with another id.
+        ids = ask.ids if self.started else [self.prompt[-1], *ask.ids[1:]]
+        if ask.offsets is None:
+            self.lane.ready = None
+            return Feed(lane=self.lane, ids=ids, wanted=ask.wanted)
+        positions = [self.lane.length + offset for offset in ask.offsets]
+        if self.lane.ready is None:
+            self.lane.watch()
+        self.lane.mark(positions)
+        return Feed(lane=self.lane, ids=ids, positions=positions, wanted=ask.wanted)
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A request that has been let in."""
+
+    walk: Walk
+    course: Course
+    tracks: list[_Track]
+
+    @property
+    def ready(self) -> bool:
+        """Whether its prompts are computed."""
+        return not any(track.missing for track in self.tracks)
+
+
+@dataclass
+class _Budget:
+    """Memory for keys and values on each device."""
+
+    limit: Mapping[torch.device, int]
+    used: dict[torch.device, int] = field(default_factory=dict)
+
+    def fits(self, need: Mapping[torch.device, int], *, empty: bool = False) -> bool:
+        """Whether there is room now, or would be if nothing else ran."""
+        taken = {} if empty else self.used
+        return all(taken.get(device, 0) + size <= self.limit.get(device, 0) for device, size in need.items())
+
+    def take(self, need: Mapping[torch.device, int], sign: int = 1) -> None:
+        """Count memory in, or with ``sign`` -1 out."""
+        for device, size in need.items():
+            self.used[device] = self.used.get(device, 0) + sign * size
+
+
+class Scheduler:
+    """Runs requests of all sizes, kinds and ages together.
+
+    Requests are let in as they came, when there is room for all the keys and values they can need: none overtakes
+    another, so none waits for ever, and none that runs can run out of memory.
+
+    Attributes:
+        counts: What has been done so far.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        schedule: Schedule,
+        *,
+        most_running: int,
+        kv_budget: int | None = None,
+        pace: Pace | None = None,
+        counts: Counts | None = None,
+    ) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            runner: Computes.
+            schedule: In which order ids are computed.
+            most_running: Most requests at once.
+            kv_budget: Bytes for keys and values on each device; by default nine tenths of what is free.
+            pace: What is known of the cost of steps.
+            counts: Where to count; by default anew.
+        """
+        self.counts = counts if counts is not None else Counts()
+        self._runner = runner
+        self._schedule = schedule
+        self._most_running = most_running
+        self._pace = pace or Pace()
+        free = {} if kv_budget is not None else free_memory()
+        limit = {
+            device: kv_budget if kv_budget is not None else int(_SHARE * free.get(device, 0))
+            for device in runner.layout.devices
+        }
+        self._budget = _Budget(limit)
+        self._queue: deque[Walk] = deque()
+        self._running: list[_Running] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is running or waiting."""
+        return bool(self._queue or self._running)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory that the running requests' keys and values take."""
+        return sum(self._budget.used.values())
+
+    def submit(self, walk: Walk) -> None:
+        """Put a request at the end of the queue.
+
+        Raises:
+            EmulusError: It needs more memory than the whole budget.
+        """
+        need = self._need(walk)
+        if not self._budget.fits(need, empty=True):
+            wanted, limit = (sum(sizes.values()) / 2**30 for sizes in (need, self._budget.limit))
+            raise EmulusError(
+                f"the keys and values of {walk.length} ids take {wanted:.2f} GiB, but there are {limit:.2f} GiB for "
+                "them; ask for something smaller, or give the engine a larger kv_budget"
+            )
+        self._queue.append(walk)
+
+    def cancel(self, request: int) -> None:
+        """Forget a request, running or waiting; its memory is free at once. An unknown one is no error."""
+        self._queue = deque(walk for walk in self._queue if walk.index != request)
+        for running in [each for each in self._running if each.walk.index == request]:
+            self._release(running)
+
+    def step(self) -> list[Event]:
+        """Let requests in, compute a part of their prompts, and one step of all whose prompts are computed."""
+        events = self._admit()
+        self._prefill()
+        going = [running for running in self._running if running.ready]
+        if going:
+            started = time.perf_counter()
+            self._pace.lanes = sum(len(running.tracks) for running in going)
+            asks = [running.course.ask() for running in going]
+            feeds = [track.feed(ask) for running, ask in zip(going, asks, strict=True) for track in running.tracks]
+            hidden = self._runner.forward(feeds)
+            questions = list(_questions(going, asks))
+            chosen = iter(choose(lambda rows, ranges: self._runner.logits(hidden[rows], ranges), questions))
+            events += self._take(going, asks, chosen)
+            tokens = sum(len(feed.ids) for feed in feeds)
+            self._pace.took(tokens, time.perf_counter() - started)
+            self.counts.forwards += 1
+            self.counts.computed += tokens
+        return events
+
+    def _take(self, going: Sequence[_Running], asks: Sequence[Ask], chosen: Iterator[int]) -> list[Event]:
+        """Hand every request the ids that were chosen for it."""
+        events: list[Event] = []
+        for running, ask in zip(going, asks, strict=True):
+            before = running.walk.position
+            happened, kept = running.course.take([next(chosen) for _ in ask.wanted])
+            events += happened
+            self.counts.tokens += running.walk.position - before
+            for track in running.tracks:
+                track.lane.length += kept
+                track.started = True
+            if running.walk.finished:
+                self._release(running)
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Let in as many of the waiting as there is room for, first come first served."""
+        events: list[Event] = []
+        while self._queue and len(self._running) < self._most_running:
+            walk = self._queue[0]
+            events += walk.run_forced()
+            if walk.finished:
+                self._queue.popleft()
+                continue
+            need = self._need(walk)
+            if not self._budget.fits(need):
+                break
+            try:
+                lanes = [self._runner.new_lane(walk.length) for _ in _prompts(walk)]
+            except EmulusError as error:
+                if self._running:
+                    break  # it is asked again when one of them is done
+                self._queue.popleft()
+                events.append(Failed(request=walk.index, message=str(error)))
+                continue
+            self._queue.popleft()
+            self._budget.take(need)
+            tracks = [_Track(lane=lane, prompt=prompt) for lane, prompt in zip(lanes, _prompts(walk), strict=True)]
+            course = self._schedule.course(walk, self._pace)
+            self._running.append(_Running(walk=walk, course=course, tracks=tracks))
+        return events
+
+    def _prefill(self) -> None:
+        """Compute one piece of every prompt that is not computed yet; of equal prompts only one."""
+        tracks = [track for running in self._running for track in running.tracks]
+        for track in tracks:
+            if not track.missing:
+                continue
+            twin = next((each for each in tracks if _is_twin(each, track)), None)
+            if twin is not None and not track.lane.length:
+                track.lane.begin_like(twin.lane, len(track.prompt) - 1)
+                continue
+            # Pieces begin at multiples of their size, and each is computed by itself: what comes out depends on the
+            # prompt alone, to the bit.
+            start = track.lane.length
+            piece = track.prompt[start : min(start + AT_ONCE, len(track.prompt) - 1)]
+            self._runner.forward([Feed(lane=track.lane, ids=piece, wanted=[])])
+            track.lane.length += len(piece)
+
+    def _need(self, walk: Walk) -> dict[torch.device, int]:
+        sizes = self._runner.layout.bytes(walk.length)
+        return {device: size * len(_prompts(walk)) for device, size in sizes.items()}
+
+    def _release(self, running: _Running) -> None:
+        self._running.remove(running)
+        self._budget.take(self._need(running.walk), sign=-1)
+        running.tracks.clear()
+
+
+def _prompts(walk: Walk) -> list[Sequence[int]]:
+    request = walk.request
+    null = [request.null_ids] if request.guided and request.null_ids is not None else []
+    return [request.prompt_ids, *null]
+
+
+def _is_twin(other: _Track, track: _Track) -> bool:
+    """Whether another sequence began with the same prompt, and has computed it."""
+    return other is not track and not other.missing and list(other.prompt) == list(track.prompt)
+
+
+def _questions(going: Sequence[_Running], asks: Sequence[Ask]) -> Iterator[Question]:
+    """Which ids are to be chosen, and which hidden states tell."""
+    row = 0
+    for running, ask in zip(going, asks, strict=True):
+        request, count = running.walk.request, len(ask.wanted)
+        ranges = running.walk.allowed().ranges
+        for index, position in enumerate(ask.positions):
+            yield Question(
+                ranges=ranges,
+                params=request.params,
+                position=position,
+                cond=row + index,
+                null=row + count + index if len(running.tracks) > 1 else None,
+            )
+        row += count * len(running.tracks)
