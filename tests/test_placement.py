@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emulus.engine.cache import CacheLayout, Lane
+from emulus.engine.runner import Feed, Runner
 from emulus.errors import EmulusError
 from emulus.model import Decoder, DecoderConfig, load_decoder, save_decoder, sized
 from emulus.placement import (
@@ -72,8 +74,9 @@ def test_footprint_is_what_a_loaded_decoder_takes(tmp_path: Path, kind: Kind, ti
     model = load_decoder(tmp_path, dtype, quantize=kind if kind in ("int8", "int4") else None)
     tensors = [*model.parameters(), *model.buffers()]
     assert footprint(config, kind) == sum(tensor.nbytes for tensor in tensors)
-    cache = model.new_cache(3, 7)
-    assert 3 * 7 * kv_bytes_per_token(config, dtype) == sum(tensor.nbytes for tensor in [*cache.keys, *cache.values])
+    layout = CacheLayout.of(config, [CPU] * config.num_hidden_layers, dtype)
+    lane = Lane(layout, 7)
+    assert 7 * kv_bytes_per_token(config, dtype) == lane.memory[CPU].nbytes == layout.bytes(7)[CPU]
 
 
 def test_everything_on_one_device_where_it_fits() -> None:
@@ -207,15 +210,21 @@ def test_everything_moves_to_where_the_layer_is() -> None:
     ids = torch.randint(50, (2, 6))
     assert model(ids).device.type == "meta"
     assert model(ids[:1], document_lengths=[2, 4]).shape == (1, 6, 50)
-    cache = model.new_cache(2, 9)
-    assert [tensor.device.type for tensor in cache.keys] == ["cpu", "meta", "meta"]
-    positions = torch.arange(6).expand(2, -1)
-    logits = model(ids, position_ids=positions, cache=cache, vocab_range=(3, 7), last_only=True)
+    logits = model(ids, vocab_range=(3, 7), last_only=True)
     assert logits.device.type == "meta"
     assert logits.shape == (2, 1, 4)
-    cache.select(torch.tensor([1]))
-    assert [len(tensor) for tensor in [*cache.keys, *cache.values]] == [1] * 6
-    longer = model.new_cache(3, 12)
-    longer.begin_with(cache)
-    assert torch.equal(longer.keys[0][2, :, :9], cache.keys[0][0])
-    assert not longer.keys[0][:, :, 9:].any()
+
+
+def test_decoding_moves_to_where_the_layer_is() -> None:
+    runner = Runner(split(sized("tiny", vocab_size=50, num_hidden_layers=3, qk_norm=True), first=1))
+    lane, longer = runner.new_lane(9), runner.new_lane(12)
+    meta = torch.device("meta")
+    assert [lane.layer(CPU, 0).shape[0], lane.memory[meta].shape[0]] == [2, 2]
+    assert set(runner.layout.bytes(9)) == {CPU, meta}
+    hidden = runner.forward([Feed(lane=lane, ids=[1, 2, 3], wanted=[0, 2])])
+    assert hidden.device == runner.device == meta
+    assert hidden.shape == (2, runner.config.hidden_size)
+    longer.begin_like(lane, 3)
+    assert torch.equal(longer.layer(CPU, 0)[:, :, :3], lane.layer(CPU, 0)[:, :, :3])
+    assert lane.layer(CPU, 0)[:, :, :3].any()
+    assert not longer.layer(CPU, 0)[:, :, 3:].any()

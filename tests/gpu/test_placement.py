@@ -9,8 +9,9 @@ import torch
 
 from emulus.engine import Engine
 from emulus.engine.request import Request
+from emulus.engine.runner import Feed, Runner
 from emulus.errors import EmulusError
-from emulus.model import Decoder, KVCache, load_decoder, save_decoder, sized
+from emulus.model import Decoder, load_decoder, save_decoder, sized
 from emulus.model.quantize import Quantization
 from emulus.pipeline import Emulus
 from emulus.placement import Placement, footprint, free_memory, plan
@@ -43,15 +44,17 @@ def test_the_same_logits(folder: Path, name: str) -> None:
     expected = plain(ids)
     torch.testing.assert_close(split(ids.cuda()).cpu(), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(split(ids).cpu(), expected, atol=1e-4, rtol=0)
-    for cache in (split.new_cache(2, 20), KVCache(CONFIG, 2, 20, torch.float32, placement)):
-        assert [keys.device for keys in cache.keys] == list(placement.layers)
-        for part in (slice(0, 12), slice(12, 13), slice(13, 20)):
-            positions = torch.arange(20)[part].expand(2, -1).to(placement.last)
-            logits = split(ids[:, part].to(placement.last), position_ids=positions, cache=cache)
-            torch.testing.assert_close(logits.cpu(), expected[:, part], atol=1e-4, rtol=0)
-        cache.select(torch.tensor([1]))
-        again = split(ids[1:, 19:], position_ids=torch.tensor([[19]]), cache=cache)
-        torch.testing.assert_close(again.cpu(), expected[1:, 19:], atol=1e-4, rtol=0)
+    runner = Runner(split)
+    lanes = [runner.new_lane(20) for _ in ids]
+    for part in (slice(0, 12), slice(12, 13), slice(13, 20)):
+        feeds = [
+            Feed(lane=lane, ids=row[part].tolist(), wanted=range(len(row[part])))
+            for lane, row in zip(lanes, ids, strict=True)
+        ]
+        logits = runner.logits(runner.forward(feeds), [(0, 97)]).cpu().unflatten(0, (2, -1))
+        torch.testing.assert_close(logits, expected[:, part], atol=1e-4, rtol=0)
+        for lane in lanes:
+            lane.length += len(ids[0][part])
 
 
 @pytest.mark.parametrize("name", SPLITS)

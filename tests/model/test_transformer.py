@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emulus.errors import EmulusError
-from emulus.model import Decoder, DecoderConfig, KVCache, load_decoder, sized
+from emulus.model import Decoder, DecoderConfig, load_decoder, sized
 
 VOCAB = 97
 
@@ -156,59 +156,7 @@ def test_trains_under_autocast() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def run_cached(model: Decoder, ids: list[Tensor], chunks: list[int]) -> list[Tensor]:
-    """Feed rows of unequal length: all but the last sum(chunks), right-padded, then chunk by chunk."""
-    starts = [len(row) - sum(chunks) for row in ids]
-    cache = KVCache(model.config, len(ids), max(map(len, ids)))
-    first = torch.zeros(len(ids), max(starts), dtype=torch.long)
-    for row, start in enumerate(starts):
-        first[row, :start] = ids[row][:start]
-    positions = torch.arange(max(starts)).expand(len(ids), -1)
-    logits = model(first, position_ids=positions, cache=cache)
-    parts = [[logits[row, :start]] for row, start in enumerate(starts)]
-    done = 0
-    for chunk in chunks:
-        span = [slice(start + done, start + done + chunk) for start in starts]
-        batch = torch.stack([row[s] for row, s in zip(ids, span, strict=True)])
-        positions = torch.stack([torch.arange(s.start, s.stop) for s in span])
-        for row, new in enumerate(model(batch, position_ids=positions, cache=cache)):
-            parts[row].append(new)
-        done += chunk
-    return [torch.cat(row) for row in parts]
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    starts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    chunks=st.lists(st.integers(1, 4), min_size=0, max_size=4),
-)
-def test_cached_rows_equal_one_by_one(starts: list[int], chunks: list[int]) -> None:
-    model = small()
-    rows = [random_ids(start + sum(chunks), seed=n) for n, start in enumerate(starts)]
-    with torch.no_grad():
-        for row, logits in zip(rows, run_cached(model, rows, chunks), strict=True):
-            torch.testing.assert_close(logits, model(row[None])[0], atol=1e-5, rtol=1e-5)
-
-
-def test_cache_keeps_chosen_rows_and_takes_back_drafts() -> None:
-    model, ids = small(), random_ids(3, 8)
-    positions = torch.arange(8)
-    with torch.no_grad():
-        cache = KVCache(model.config, 3, 10)
-        model(ids[:, :6], position_ids=positions[:6].expand(3, -1), cache=cache)
-        cache.select(torch.tensor([2, 0]))
-        # A wrong draft at 6 and 7 is overwritten by feeding those positions again.
-        model((ids[[2, 0], 6:] + 1) % VOCAB, position_ids=positions[6:].expand(2, -1), cache=cache)
-        again = model(ids[[2, 0], 6:], position_ids=positions[6:].expand(2, -1), cache=cache)
-        torch.testing.assert_close(again, model(ids[[2, 0]])[:, 6:], atol=1e-5, rtol=1e-5)
-
-
 def test_arguments_that_do_not_fit() -> None:
     model, ids = small(), random_ids(1, 5)
-    cache = KVCache(model.config, 1, 4)
-    with pytest.raises(EmulusError, match="position_ids"):
-        model(ids, cache=cache)
-    with pytest.raises(EmulusError, match="5 tokens does not fit a key/value cache of 4"):
-        model(ids, position_ids=torch.arange(5)[None], cache=cache)
     with pytest.raises(EmulusError, match="sum to 4"):
         model(ids, document_lengths=[1, 3])

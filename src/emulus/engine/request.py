@@ -131,8 +131,10 @@ class Counts:
         forwards: Steps of the model, each for all running requests; prompts are not counted.
         tokens: Ids generated, those that the grammar forces included.
         computed: Tokens that went through the model in those steps, null prompts' and wrong guesses included.
+        prefilled: Tokens of prompts that went through the model before.
     """
 
     forwards: int = 0
     tokens: int = 0
     computed: int = 0
+    prefilled: int = 0

@@ -145,8 +145,9 @@ class Runner:
             x = x.to(layer.device, layer.dtype)
             x = self._block(x, layer, steps.on(layer.device))
         wanted = x[steps.wanted.to(x.device)].to(self.device, _activations(self._norm))
-        return _rms_norm(wanted, self._norm, self.config.rms_norm_eps, _kernels(self.device))
+        return _rms_norm(wanted, self._norm, self.config.rms_norm_eps, _kernels(self.device, self.config.head_width))
 
+    @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "n hidden"], ranges: Sequence[tuple[int, int]]) -> Float[Tensor, "n ids"]:
         """float32 logits of these ids only: where cells are drawn, text's part of the head is not read."""
         parts = [linear(hidden, self._head, rows).float() for rows in ranges]
@@ -197,7 +198,7 @@ class _Steps:
         layout, config = self._runner.layout, self._runner.config
         positions = torch.tensor(self._positions, device=device)
         few = max(len(feed.ids) for feed in self._feeds) <= _FEW
-        kernels = _kernels(device) if few else None
+        kernels = _kernels(device, config.head_width) if few else None
         return _Step(
             kernels=kernels,
             where=self._where(device, positions),
@@ -276,9 +277,10 @@ def _cache_dtype(layer: _Layer) -> torch.dtype:
     return layer.norm.dtype
 
 
-def _kernels(device: torch.device) -> ModuleType | None:
+def _kernels(device: torch.device, head_dim: int) -> ModuleType | None:
     """Kernels for few tokens on this device, if there are."""
-    return native if device.type == "cpu" and native.available() else None
+    fits = device.type == "cpu" and head_dim % 2 == 0 and head_dim <= native.MOST_HEAD_DIM
+    return native if fits and native.available() else None
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: ModuleType | None) -> Tensor:

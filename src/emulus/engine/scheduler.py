@@ -241,6 +241,7 @@ class Scheduler:
             piece = track.prompt[start : min(start + AT_ONCE, len(track.prompt) - 1)]
             self._runner.forward([Feed(lane=track.lane, ids=piece, wanted=[])])
             track.lane.length += len(piece)
+            self.counts.prefilled += len(piece)
 
     def _need(self, walk: Walk) -> dict[torch.device, int]:
         sizes = self._runner.layout.bytes(walk.length)

@@ -1,0 +1,137 @@
+"""Steps of the runner against whole sequences of the decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emulus.engine.cache import CacheLayout, Lane
+from emulus.engine.runner import Feed, Runner
+from emulus.errors import EmulusError
+from emulus.model import Decoder, DecoderConfig
+
+VOCAB = 61
+
+
+def small(*, qk_norm: bool = False, kv_heads: int = 2, dtype: torch.dtype = torch.float32) -> Decoder:
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=kv_heads,
+        initializer_range=0.2,
+        qk_norm=qk_norm,
+    )
+    return Decoder(config).eval().to(dtype)
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def whole(decoder: Decoder, ids: list[int]) -> Tensor:
+    return decoder(torch.tensor([ids]))[0]
+
+
+def step(runner: Runner, lanes: list[Lane], pieces: list[list[int]]) -> list[Tensor]:
+    """Feed a piece to each lane for good; logits of every token."""
+    feeds = [Feed(lane=lane, ids=ids, wanted=range(len(ids))) for lane, ids in zip(lanes, pieces, strict=True)]
+    hidden = runner.forward(feeds)
+    for lane, ids in zip(lanes, pieces, strict=True):
+        lane.length += len(ids)
+    return list(runner.logits(hidden, [(0, VOCAB)]).split([len(ids) for ids in pieces]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    pieces=st.lists(st.lists(st.integers(1, 9) | st.just(40), min_size=1, max_size=4), min_size=1, max_size=4),
+    kv_heads=st.sampled_from([1, 2, 6]),
+    qk_norm=st.booleans(),
+)
+def test_steps_of_any_size_equal_the_whole(pieces: list[list[int]], kv_heads: int, qk_norm: bool) -> None:
+    decoder = small(qk_norm=qk_norm, kv_heads=kv_heads)
+    runner = Runner(decoder)
+    ids = [random_ids(sum(sizes), seed) for seed, sizes in enumerate(pieces)]
+    lanes = [runner.new_lane(len(row)) for row in ids]
+    logits: list[list[Tensor]] = [[] for _ in ids]
+    for turn in range(max(map(len, pieces))):
+        going = [n for n, sizes in enumerate(pieces) if turn < len(sizes)]
+        starts = [lanes[n].length for n in going]
+        parts = [ids[n][start : start + pieces[n][turn]] for n, start in zip(going, starts, strict=True)]
+        for n, new in zip(going, step(runner, [lanes[n] for n in going], parts), strict=True):
+            logits[n].append(new)
+    for row, parts in zip(ids, logits, strict=True):
+        torch.testing.assert_close(torch.cat(parts), whole(decoder, row), atol=3e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_near() -> None:
+    """On a CPU only weights, and keys and values where there are kernels, are bfloat16: nearer than the decoder's."""
+    runner, ids = Runner(small(dtype=torch.bfloat16)), random_ids(20, 1)
+    (logits,) = step(runner, [runner.new_lane(20)], [ids])
+    exact = whole(small(dtype=torch.bfloat16).float(), ids)
+    assert logits.dtype == torch.float32
+    assert (logits - exact).norm() / exact.norm() < 0.02
+
+
+def test_a_draft_taken_back_leaves_no_trace() -> None:
+    runner, ids = Runner(small()), random_ids(8, 1)
+    lane = runner.new_lane(8)
+    step(runner, [lane], [ids[:6]])
+    right = runner.forward([Feed(lane=lane, ids=ids[6:])])
+    runner.forward([Feed(lane=lane, ids=[(id + 1) % VOCAB for id in ids[6:]])])
+    assert torch.equal(runner.forward([Feed(lane=lane, ids=ids[6:])]), right)
+
+
+def test_a_token_sees_only_what_is_ready() -> None:
+    """Positions 3 and 4 are left out; what is computed at 5 sees 0 to 2 and itself, each where it stands."""
+    decoder, ids = small(), random_ids(6, 2)
+    runner = Runner(decoder)
+    lane = runner.new_lane(6)
+    step(runner, [lane], [ids[:3]])
+    lane.watch()
+    lane.mark([5])
+    hidden = runner.forward([Feed(lane=lane, ids=[ids[5]], positions=[5])])
+    with torch.no_grad():
+        seen = decoder(torch.tensor([[*ids[:3], ids[5]]]), position_ids=torch.tensor([[0, 1, 2, 5]]))
+    torch.testing.assert_close(runner.logits(hidden, [(0, VOCAB)])[0], seen[0, -1], atol=3e-5, rtol=1e-5)
+    # Filled up later, it is the whole sequence that the next token sees.
+    lane.mark([3, 4])
+    runner.forward([Feed(lane=lane, ids=ids[3:5], positions=[3, 4])])
+    lane.ready = None
+    again = runner.forward([Feed(lane=lane, ids=[ids[5]], positions=[5])])
+    torch.testing.assert_close(runner.logits(again, [(0, VOCAB)])[0], whole(decoder, ids)[-1], atol=3e-5, rtol=1e-5)
+
+
+def test_what_is_wanted() -> None:
+    runner, ids = Runner(small()), random_ids(5, 3)
+    lanes = [runner.new_lane(5) for _ in range(2)]
+    every = runner.forward([Feed(lane=lane, ids=ids, wanted=range(5)) for lane in lanes])
+    some = runner.forward([Feed(lane=lanes[0], ids=ids), Feed(lane=lanes[1], ids=ids, wanted=[1, 3])])
+    assert torch.equal(some, every[[4, 6, 8]])
+    assert runner.forward([Feed(lane=lanes[0], ids=ids, wanted=[])]).shape == (0, 48)
+
+
+def test_legal_logits_are_a_part_of_all() -> None:
+    runner = Runner(small())
+    hidden = torch.randn(3, 48)
+    every = runner.logits(hidden, [(0, VOCAB)])
+    torch.testing.assert_close(runner.logits(hidden, [(3, 7), (20, 21)]), every[:, [3, 4, 5, 6, 20]])
+
+
+def test_beyond_the_lane() -> None:
+    runner = Runner(small())
+    with pytest.raises(EmulusError, match="5 tokens does not fit a key/value cache of 4"):
+        runner.forward([Feed(lane=runner.new_lane(4), ids=[1] * 5)])
+
+
+def test_memory_that_is_not_there() -> None:
+    layout = CacheLayout.of(small().config, [torch.device("cpu")] * 3, torch.float32)
+    with pytest.raises(EmulusError, match=r"no memory for the keys and values of 4\d* tokens"):
+        Lane(layout, 2**42)

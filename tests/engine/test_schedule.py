@@ -1,0 +1,179 @@
+"""Schedules: the exact ones give the ids of one after another, in fewer steps; the lossy one keeps to the grammar."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emulus.engine import Engine, Jacobi, Request, Row, Schedule, Sequential, Token, Zipar
+from emulus.engine.pace import Pace
+from emulus.errors import EmulusError
+from emulus.sampling import SamplingParams
+from emulus.sequence.document import Image, Video
+from emulus.sequence.templates import animate, draw
+from tests.engine.tiny import DECODER, GRAMMAR, make_decoder, parameters, requests_of_every_kind
+
+SEQUENTIAL = Engine(DECODER, GRAMMAR)
+
+
+def drawing(h: int, w: int, *, guided: bool = True, **changes: float) -> Request:
+    prompt = draw(GRAMMAR, "a red apple", h, w)
+    return Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids if guided else None, params=parameters(**changes))
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=st.integers(0, 2**40),
+    window=st.integers(1, 9) | st.none(),
+    batch_size=st.integers(1, 8),
+    scale=st.sampled_from([1.0, 3.0]),
+    temperature=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_jacobi_is_exact(seed: int, window: int | None, batch_size: int, scale: float, temperature: float) -> None:
+    requests = requests_of_every_kind(seed, guidance_scale=scale, temperature=temperature)
+    engine = Engine(DECODER, GRAMMAR, schedule=Jacobi(window=window))
+    assert engine.generate(requests, batch_size=batch_size) == SEQUENTIAL.generate(requests)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    h=st.integers(1, 5), w=st.integers(1, 5), t=st.integers(1, 3), window=st.integers(1, 30), top_k=st.integers(1, 3)
+)
+def test_jacobi_is_exact_where_guesses_hold(h: int, w: int, t: int, window: int, top_k: int) -> None:
+    """Few ids to choose from make many right guesses, across the ends of rows and frames."""
+    prompt = animate(GRAMMAR, "a", t, h, w, 8)
+    request = Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, params=parameters(top_k=top_k))
+    engine, plain = Engine(DECODER, GRAMMAR, schedule=Jacobi(window=window)), Engine(DECODER, GRAMMAR)
+    assert engine.generate([request]) == plain.generate([request])
+    assert engine.counts.tokens == plain.counts.tokens
+    assert engine.counts.forwards <= plain.counts.forwards
+    if window == 1:
+        assert engine.counts.forwards == plain.counts.forwards
+
+
+def test_jacobi_saves_steps() -> None:
+    """A weak decoder draws nearly the same wherever it is, so guesses hold."""
+    decoder = make_decoder(strength=0.02)
+    request = drawing(8, 8, temperature=0.05, top_k=2)
+    plain, ahead = (Engine(decoder, GRAMMAR, schedule=schedule) for schedule in (Sequential(), Jacobi(window=8)))
+    assert ahead.generate([request]) == plain.generate([request])
+    assert plain.counts.forwards == 64
+    assert ahead.counts.forwards <= 32
+
+
+def test_one_step_a_cell_and_none_for_what_is_forced() -> None:
+    engine = Engine(DECODER, GRAMMAR)
+    request = drawing(4, 5)
+    (result,) = engine.generate([request])
+    assert engine.counts.forwards == 20
+    assert engine.counts.tokens == len(result.ids) == 20 + 4 + 3
+    # The end of a row rides with its last cell, in both sequences; the last row's end is not computed at all.
+    assert engine.counts.computed == 2 * (20 + 3)
+    assert engine.counts.prefilled == len(request.prompt_ids) + len(request.null_ids or ()) - 2
+
+
+@pytest.mark.parametrize("schedule", [Sequential(), Jacobi(window=3)])
+def test_ids_are_drawn_as_often_as_their_probability_says(schedule: Schedule) -> None:
+    """Chi-squared over seeds, against the exact distribution of whole pictures."""
+    decoder, prompt = make_decoder(strength=0.1), draw(GRAMMAR, "a", 1, 3).ids
+    low, high = GRAMMAR.vocabulary.visual_range
+
+    @torch.no_grad()
+    def likeliest(before: tuple[int, ...]) -> tuple[list[int], list[float]]:
+        logits = decoder(torch.tensor([[*prompt, *before]]))[0, -1, low:high]
+        best = logits.topk(3)
+        return (best.indices + low).tolist(), best.values.softmax(-1).tolist()
+
+    exact: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        exact = {
+            (*before, id): chance * share
+            for before, chance in exact.items()
+            for id, share in zip(*likeliest(before), strict=True)
+        }
+    number = 3000
+    requests = [Request(prompt_ids=prompt, params=SamplingParams(top_k=3, seed=seed)) for seed in range(number)]
+    results = Engine(decoder, GRAMMAR, schedule=schedule).generate(requests, batch_size=200)
+    seen = collections.Counter(result.ids[:3] for result in results)
+    assert set(seen) <= set(exact)
+    chi_squared = sum((seen[ids] - number * chance) ** 2 / (number * chance) for ids, chance in exact.items())
+    # 26 degrees of freedom: above 64 comes once in 40,000 times.
+    assert chi_squared < 64
+
+
+@settings(deadline=None, max_examples=15)
+@given(h=st.integers(1, 6), w=st.integers(1, 6), t=st.integers(1, 3), window=st.integers(1, 8), guided=st.booleans())
+def test_zipar_gives_whole_clips_in_order(h: int, w: int, t: int, window: int, guided: bool) -> None:
+    prompt = animate(GRAMMAR, "a", t, h, w, 8)
+    request = Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids if guided else None, params=parameters())
+    engine = Engine(DECODER, GRAMMAR, schedule=Zipar(window=window))
+    events = list(engine.stream(request))
+    ids = [event.id for event in events if isinstance(event, Token)]
+    clip = GRAMMAR.parse([*prompt.ids, *ids]).document.segments[-1]
+    assert isinstance(clip, Video)
+    assert tuple(clip.codes.shape) == (t, h, w)
+    assert [event.index for event in events if isinstance(event, Row)] == list(range(t * h))
+    if window >= w:
+        (expected,) = SEQUENTIAL.generate([request])
+        assert tuple(ids) == expected.ids
+    else:
+        assert engine.counts.forwards == max(window * (t * h - 1) + w, 0)
+
+
+def test_zipar_among_others_and_where_the_prompt_breaks_off() -> None:
+    """In a prompt that ends inside a row, in captions and free documents: every medium is whole, and none disturbs."""
+    engine = Engine(DECODER, GRAMMAR, schedule=Zipar(window=2))
+    cut = draw(GRAMMAR, "a red apple", 4, 5).ids + [GRAMMAR.vocabulary.visual_start + 3] * 2
+    requests = [*requests_of_every_kind(), Request(prompt_ids=cut, params=parameters())]
+    results = engine.generate(requests)
+    assert [engine.generate([request])[0] for request in requests] == results
+    for request, result in zip(requests, results, strict=True):
+        parsed = GRAMMAR.parse([*request.prompt_ids, *result.ids])
+        assert parsed.complete or result.truncated
+    picture = GRAMMAR.parse([*cut, *results[-1].ids]).document.segments[-1]
+    assert isinstance(picture, Image)
+    assert picture.codes[0, :2].tolist() == [3, 3]
+
+
+def test_zipar_is_labelled_and_the_others_are_exact() -> None:
+    assert [schedule.exact for schedule in (Sequential(), Jacobi(), Zipar())] == [True, True, False]
+    request = drawing(5, 5)
+    lossy = Engine(DECODER, GRAMMAR, schedule=Zipar(window=1))
+    assert lossy.generate([request]) != SEQUENTIAL.generate([request])
+
+
+@pytest.mark.parametrize("make", [lambda: Jacobi(window=0), lambda: Zipar(window=0)])
+def test_windows_have_a_size(make: object) -> None:
+    with pytest.raises(EmulusError, match="window must be at least 1"):
+        make()  # type: ignore[operator]
+
+
+def test_pace_weighs_cost_against_luck() -> None:
+    def settled(chance: float, cost: object) -> int:
+        pace = Pace()
+        pace.lanes = 2
+        hits = itertools.cycle([True] * round(10 * chance) + [False] * round(10 - 10 * chance))
+        for _ in range(400):
+            window = pace.window()
+            right = 1
+            while right < window and next(hits):
+                right += 1
+            pace.saw(window, right)
+            pace.took(2 * window, cost(2 * window))  # type: ignore[operator]
+        return pace.window()
+
+    def flat(tokens: int) -> float:
+        return 1.0
+
+    def steep(tokens: int) -> float:
+        return float(tokens)
+
+    assert settled(0.9, flat) == 32
+    assert settled(0.9, steep) == 1
+    assert settled(0.0, flat) >= 1
+    assert 4 <= settled(0.9, lambda tokens: max(1.0, tokens / 16)) <= 16

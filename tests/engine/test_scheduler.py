@@ -1,0 +1,172 @@
+"""The scheduler: a budget that holds, a queue that moves, neighbours that do not matter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emulus.engine import Done, Engine, Failed, Jacobi, Request, Result, Schedule, Sequential
+from emulus.engine.scheduler import Scheduler
+from emulus.errors import EmulusError
+from emulus.sequence.templates import caption, draw
+from tests.engine.tiny import DECODER, GRAMMAR, make_decoder, naive, parameters, requests_of_every_kind
+
+ENGINE = Engine(DECODER, GRAMMAR)
+REQUESTS = requests_of_every_kind()
+ALONE = [ENGINE.generate([request])[0] for request in REQUESTS]
+
+
+def kv_bytes(request: Request) -> int:
+    """What a request's keys and values take: both sequences, float32, all layers."""
+    walk = ENGINE.walk(0, request)
+    config = DECODER.config
+    token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_width
+    return token * walk.length * (2 if request.guided else 1)
+
+
+def finish(scheduler: Scheduler) -> dict[int, Result]:
+    results: dict[int, Result] = {}
+    while scheduler.busy:
+        results |= {event.request: event.result for event in scheduler.step() if isinstance(event, Done)}
+    return results
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    trace=st.lists(st.tuples(st.integers(0, 12), st.integers(0, len(REQUESTS) - 1)), min_size=1, max_size=10),
+    room=st.floats(1, 4),
+    most_running=st.integers(1, 5),
+    schedule=st.sampled_from([Sequential(), Jacobi(window=4)]),
+)
+def test_any_arrivals_keep_to_the_budget_and_all_finish(
+    trace: list[tuple[int, int]], room: float, most_running: int, schedule: Schedule
+) -> None:
+    budget = int(room * max(map(kv_bytes, REQUESTS)))
+    scheduler = Engine(DECODER, GRAMMAR, schedule=schedule, kv_budget=budget).scheduler(most_running)
+    arrivals = sorted(enumerate(trace), key=lambda item: item[1][0])
+    results: dict[int, Result] = {}
+    turn = 0
+    while arrivals or scheduler.busy:
+        while arrivals and arrivals[0][1][0] <= turn:
+            index, (_, which) = arrivals.pop(0)
+            scheduler.submit(ENGINE.walk(index, REQUESTS[which]))
+        results |= {event.request: event.result for event in scheduler.step() if isinstance(event, Done)}
+        assert scheduler.kv_bytes <= budget
+        turn += 1
+        assert turn < 2000, "somebody starves"
+    assert scheduler.kv_bytes == 0
+    assert results == {index: ALONE[which] for index, (_, which) in enumerate(trace)}
+
+
+def test_a_large_request_is_not_overtaken() -> None:
+    """Small ones that came later wait behind it, though there would be room for them."""
+    large, small = sorted(REQUESTS, key=kv_bytes)[-1], sorted(REQUESTS, key=kv_bytes)[0]
+    scheduler = Engine(DECODER, GRAMMAR, kv_budget=kv_bytes(large) + kv_bytes(small)).scheduler(8)
+    for index, request in enumerate([large, large, small, small]):
+        scheduler.submit(ENGINE.walk(index, request))
+    scheduler.step()
+    assert scheduler.kv_bytes == kv_bytes(large)
+    order = list(finish(scheduler))
+    assert order[0] == 0
+    assert sorted(order) == [0, 1, 2, 3]
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), schedule=st.sampled_from([Sequential(), Jacobi(window=4)]))
+def test_cancelled_neighbours_leave_no_trace(data: st.DataObject, schedule: Schedule) -> None:
+    scheduler = Engine(DECODER, GRAMMAR, schedule=schedule).scheduler(5)
+    for index, request in enumerate(REQUESTS):
+        scheduler.submit(ENGINE.walk(index, request))
+    doomed = data.draw(st.sets(st.integers(0, len(REQUESTS) - 1)))
+    when = {index: data.draw(st.integers(0, 20)) for index in doomed}
+    results: dict[int, Result] = {}
+    turn = 0
+    while scheduler.busy:
+        for index in doomed:
+            if when[index] == turn:
+                before = scheduler.kv_bytes
+                scheduler.cancel(index)
+                assert scheduler.kv_bytes <= before
+        results |= {event.request: event.result for event in scheduler.step() if isinstance(event, Done)}
+        turn += 1
+    assert scheduler.kv_bytes == 0
+    assert {index: ALONE[index] for index in results} == results
+    assert set(range(len(REQUESTS))) - doomed <= set(results)
+
+
+def test_cancelling_frees_room_at_once() -> None:
+    scheduler = Engine(DECODER, GRAMMAR, kv_budget=kv_bytes(REQUESTS[0])).scheduler()
+    for index in range(2):
+        scheduler.submit(ENGINE.walk(index, REQUESTS[0]))
+    scheduler.step()
+    assert scheduler.kv_bytes == kv_bytes(REQUESTS[0])
+    scheduler.cancel(0)
+    assert scheduler.kv_bytes == 0
+    assert finish(scheduler) == {1: ALONE[0]}
+    scheduler.cancel(7)
+
+
+def test_what_can_never_fit_is_refused_before_anything_runs() -> None:
+    engine = Engine(DECODER, GRAMMAR, kv_budget=kv_bytes(REQUESTS[0]) - 1)
+    seen: list[object] = []
+    with pytest.raises(EmulusError, match=r"ids take \d+\.\d\d GiB.*larger kv_budget") as caught:
+        engine.generate([REQUESTS[0]], on_event=seen.append)
+    assert "\n" not in str(caught.value)
+    assert not seen
+
+
+def endless(seed: int = 0) -> Request:
+    """A request whose keys and values no machine holds."""
+    prompt = caption(GRAMMAR, REQUESTS_IMAGE)
+    return Request(prompt_ids=prompt.ids, may=prompt.may, params=parameters(seed, max_new_tokens=2**23))
+
+
+REQUESTS_IMAGE = GRAMMAR.parse([*REQUESTS[0].prompt_ids, *ALONE[0].ids]).document.segments[-1]
+
+
+def test_memory_that_ends_while_others_run() -> None:
+    """The one that finds no room waits until nothing else runs, then fails by itself; those around it go on."""
+    decoder = make_decoder(context=2**24, num_attention_heads=128, num_key_value_heads=128, head_dim=256)
+    engine = Engine(decoder, GRAMMAR, kv_budget=2**62)
+    alone = [engine.generate([request])[0] for request in REQUESTS[:2]]
+    scheduler = engine.scheduler()
+    for index, request in enumerate([REQUESTS[0], endless(), REQUESTS[1]]):
+        scheduler.submit(engine.walk(index, request))
+    events = []
+    while scheduler.busy:
+        events += scheduler.step()
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.request == 1
+    assert "no memory for the keys and values" in failed.message
+    assert {event.request: event.result for event in events if isinstance(event, Done)} == {0: alone[0], 2: alone[1]}
+    assert scheduler.kv_bytes == 0
+    with pytest.raises(EmulusError, match="no memory for the keys and values"):
+        engine.generate([endless()])
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    prompt = draw(GRAMMAR, "a red apple", 3, 2)
+    requests = [Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, params=parameters(seed)) for seed in range(4)]
+    engine = Engine(DECODER, GRAMMAR)
+    together = engine.generate(requests)
+    assert engine.counts.prefilled == len(prompt.ids) + len(prompt.null_ids or ()) - 2
+    assert together == [ENGINE.generate([request])[0] for request in requests]
+
+
+def test_a_prompt_of_one_id_and_nothing_to_do() -> None:
+    bos = GRAMMAR.vocabulary.bos
+    request = Request(prompt_ids=[bos], may=frozenset({"text"}), params=parameters(max_new_tokens=5))
+    assert ENGINE.generate([request, request]) == [ENGINE.generate([request])[0]] * 2
+    assert not ENGINE.scheduler().busy
+    assert ENGINE.scheduler().step() == []
+
+
+def test_null_prompts_may_end_differently() -> None:
+    prompt = draw(GRAMMAR, "a red apple", 2, 2)
+    null = [*(prompt.null_ids or ())[:-1], GRAMMAR.vocabulary.bos]
+    request = dataclasses.replace(REQUESTS[0], prompt_ids=prompt.ids, null_ids=null)
+    (result,) = ENGINE.generate([request])
+    assert list(result.ids) == naive(request, len(result.ids))
