@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-import itertools
+import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -153,27 +154,33 @@ def test_windows_have_a_size(make: object) -> None:
         make()  # type: ignore[operator]
 
 
-def test_pace_weighs_cost_against_luck() -> None:
-    def settled(chance: float, cost: object) -> int:
-        pace = Pace()
-        pace.lanes = 2
-        hits = itertools.cycle([True] * round(10 * chance) + [False] * round(10 - 10 * chance))
-        for _ in range(400):
-            window = pace.window()
-            right = 1
-            while right < window and next(hits):
-                right += 1
-            pace.saw(window, right)
-            pace.took(2 * window, cost(2 * window))  # type: ignore[operator]
-        return pace.window()
+@pytest.mark.parametrize(
+    ("chance", "cost", "best"),
+    [
+        (0.9, lambda tokens: 1.0, {16, 32}),
+        (0.9, lambda tokens: tokens, {1}),
+        (0.0, lambda tokens: 10.0 + tokens, {1}),
+        (0.8, lambda tokens: 10.0 + 2 * tokens, {4, 8}),
+    ],
+)
+def test_pace_finds_the_fastest_window(chance: float, cost: Callable[[int], float], best: set[int]) -> None:
+    pace, luck = Pace(), random.Random(0)
+    used: collections.Counter[int] = collections.Counter()
+    for step in range(3000):
+        window = pace.window()
+        right = 1
+        while right < window and luck.random() < chance:
+            right += 1
+        pace.made(right, cost(window), lanes=2)
+        used[window] += step >= 600
+    assert sum(used[window] for window in best) > 0.6 * used.total()
 
-    def flat(tokens: int) -> float:
-        return 1.0
 
-    def steep(tokens: int) -> float:
-        return float(tokens)
-
-    assert settled(0.9, flat) == 32
-    assert settled(0.9, steep) == 1
-    assert settled(0.0, flat) >= 1
-    assert 4 <= settled(0.9, lambda tokens: max(1.0, tokens / 16)) <= 16
+def test_pace_learns_anew_when_the_batch_grows() -> None:
+    pace = Pace()
+    for _ in range(600):
+        pace.made(pace.window(), 1.0, lanes=2)
+    assert pace.window() >= 16
+    for _ in range(600):
+        pace.made(1, float(pace.window()), lanes=16)
+    assert pace.window() <= 2

@@ -1,51 +1,75 @@
-"""How far to guess ahead: weighs what a larger step costs against how many more guesses it brings home."""
+"""How far to guess ahead: the window that has given the most ids per second."""
 
 from __future__ import annotations
 
-# A step of the next candidate costs about twice as much where arithmetic is the limit, and the same where memory is.
-_WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_WINDOWS = (1, 2, 4, 8, 16, 32)
 
-_MEMORY = 0.9
-"""Weight of the past in running means: some twenty steps, since pictures change as they go on."""
+_FIRST = _WINDOWS.index(4)
+
+_TRIAL = 12
+"""Steps that a window is tried for: guesses need a few to settle."""
+
+_LOOK_ASIDE = 6
+"""One trial of so many is of a window beside the best, since pictures and machines change."""
+
+_MEMORY = 0.7
+"""Weight of the past in a window's rate."""
 
 
 class Pace:
-    """A cost model of steps, learned while they are made.
+    """Learns which window pays, while steps are made.
 
-    A step of ``n`` tokens costs what steps of about ``n`` tokens have cost; where none was seen yet, what the next
-    smaller ones did: so larger windows are tried, and given up when they do not pay. Each guess is supposed to be right
-    by the same chance, if those before it were.
-
-    Attributes:
-        lanes: Sequences in a step now, each of which a window's ids are computed for.
+    What a larger window costs depends on the machine, the kind of weights and how many sequences are in a step; what it
+    brings depends on the picture, and on the window itself, since a guess that stays in it longer is mended more often.
+    So neither is foretold: ids and seconds are counted, and the window climbs to where there are most ids per second.
     """
 
     def __init__(self) -> None:
-        self.lanes = 1
-        self._seconds: dict[int, float] = {}
-        self._chance = 0.5
-
-    def took(self, tokens: int, seconds: float) -> None:
-        """Be told what a step cost."""
-        bucket = tokens.bit_length()
-        known = self._seconds.get(bucket, seconds)
-        # The smaller of the two first: a pause of the machine is not the price of the step.
-        self._seconds[bucket] = min(seconds, _MEMORY * known + (1 - _MEMORY) * seconds)
-
-    def saw(self, tried: int, right: int) -> None:
-        """Be told how many ids a window of ``tried`` gave; the first is always right."""
-        for hit in [1.0] * (right - 1) + [0.0] * (right < tried):
-            self._chance = _MEMORY * self._chance + (1 - _MEMORY) * hit
+        self._index = _FIRST
+        self._rates: dict[int, float] = {}
+        self._lanes = 0
+        self._trials = 0
+        self._restart()
 
     def window(self) -> int:
-        """The window that gives the most ids per second."""
-        return max(_WINDOWS, key=lambda window: self._ids(window) / self._cost(window * self.lanes))
+        """Ids to choose at once in the next step."""
+        return _WINDOWS[self._index]
 
-    def _ids(self, window: int) -> float:
-        """Ids that a window is expected to give."""
-        return sum(self._chance**guess for guess in range(window))
+    def made(self, ids: int, seconds: float, lanes: int) -> None:
+        """Be told what a step gave.
 
-    def _cost(self, tokens: int) -> float:
-        """Seconds that a step of so many tokens is expected to take."""
-        seen = [seconds for bucket, seconds in self._seconds.items() if bucket <= tokens.bit_length()]
-        return max(seen, default=1.0)
+        Args:
+            ids: Chosen ids that were kept.
+            seconds: What it took.
+            lanes: Sequences that were in it.
+        """
+        if lanes.bit_length() != self._lanes:
+            # With twice as many sequences everything costs something else.
+            self._lanes = lanes.bit_length()
+            self._rates.clear()
+            self._restart()
+        self._steps += 1
+        self._ids += ids
+        self._seconds += seconds
+        if self._steps == _TRIAL:
+            self._finish_trial()
+
+    def _restart(self) -> None:
+        self._steps, self._ids, self._seconds = 0, 0, 0.0
+
+    def _finish_trial(self) -> None:
+        rate = self._ids / max(self._seconds, 1e-9)
+        known = self._rates.get(self._index, rate)
+        self._rates[self._index] = _MEMORY * known + (1 - _MEMORY) * rate
+        self._trials += 1
+        self._restart()
+        self._index = self._next()
+
+    def _next(self) -> int:
+        best = max(self._rates, key=self._rates.__getitem__)
+        beside = [index for index in (best + 1, best - 1) if 0 <= index < len(_WINDOWS)]
+        unknown = [index for index in beside if index not in self._rates]
+        if unknown:
+            return unknown[0]
+        turn, aside = divmod(self._trials, _LOOK_ASIDE)
+        return best if aside else beside[turn % len(beside)]

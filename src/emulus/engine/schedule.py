@@ -80,7 +80,7 @@ class Jacobi:
     before it but with the right noise (Gumbel coupling), which often is right the next time.
 
     Attributes:
-        window: Ids chosen at once; 1 is :class:`Sequential`, None lets measured times and luck decide.
+        window: Ids chosen at once; 1 is :class:`Sequential`, None is whichever has been fastest so far.
 
     Source: speculative Jacobi decoding (arXiv:2410.01699), its coupled variant (arXiv:2510.24211).
     """
@@ -120,11 +120,9 @@ class Zipar:
 
 
 class _Window(Protocol):
-    """Decides how far to guess ahead, and is told how it went."""
+    """Decides how far to guess ahead."""
 
     def window(self) -> int: ...
-
-    def saw(self, tried: int, right: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,6 @@ class _Fixed:
 
     def window(self) -> int:
         return self.size
-
-    def saw(self, tried: int, right: int) -> None:
-        pass
 
 
 class _Ahead:
@@ -168,8 +163,7 @@ class _Ahead:
         right = 1
         while right < len(chosen) and self._guesses[right - 1] == chosen[right - 1]:
             right += 1
-        self._window.saw(len(chosen), right)
-        self._guesses = list(chosen[right:])
+        self._guesses = [*chosen[right:], *self._guesses[len(chosen) :]]
         events: list[Event] = []
         for id in chosen[:right]:
             events += walk.take(id)
@@ -179,11 +173,11 @@ class _Ahead:
         return events, kept
 
     def _guess(self, count: int) -> list[int]:
-        """The best guesses of the next cells: what the last turn found there, else what is drawn nearby."""
-        self._guesses = self._guesses[: max(count, 0)]
-        if len(self._guesses) < count:
-            self._guesses += self._walk.nearby(self._guesses, count - len(self._guesses))
-        return self._guesses
+        """The best guesses of the next cells: what earlier turns found there, else what is drawn nearby."""
+        missing = count - len(self._guesses)
+        if missing > 0:
+            self._guesses += self._walk.nearby(self._guesses, missing)
+        return self._guesses[: max(count, 0)]
 
 
 @dataclass(kw_only=True)

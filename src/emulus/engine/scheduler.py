@@ -170,17 +170,16 @@ class Scheduler:
         going = [running for running in self._running if running.ready]
         if going:
             started = time.perf_counter()
-            self._pace.lanes = sum(len(running.tracks) for running in going)
             asks = [running.course.ask() for running in going]
             feeds = [track.feed(ask) for running, ask in zip(going, asks, strict=True) for track in running.tracks]
             hidden = self._runner.forward(feeds)
             questions = list(_questions(going, asks))
             chosen = iter(choose(lambda rows, ranges: self._runner.logits(hidden[rows], ranges), questions))
+            before = self.counts.tokens
             events += self._take(going, asks, chosen)
-            tokens = sum(len(feed.ids) for feed in feeds)
-            self._pace.took(tokens, time.perf_counter() - started)
+            self._pace.made(self.counts.tokens - before, time.perf_counter() - started, len(feeds))
             self.counts.forwards += 1
-            self.counts.computed += tokens
+            self.counts.computed += sum(len(feed.ids) for feed in feeds)
         return events
 
     def _take(self, going: Sequence[_Running], asks: Sequence[Ask], chosen: Iterator[int]) -> list[Event]:
