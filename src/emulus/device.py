@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from emulus.errors import EmulusError
 
@@ -48,3 +50,10 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     """Context in which matrix products and convolutions run in bfloat16, if asked for or (``auto``) if faster."""
     enabled = precision == "bf16" or (precision == "auto" and has_fast_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def numbers(values: Sequence[int], device: torch.device) -> Int64[Tensor, " n"]:
+    """Whole numbers as an int64 tensor; a GPU gets them without the host waiting for what it is doing."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)

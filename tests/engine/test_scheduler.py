@@ -61,6 +61,21 @@ def test_any_arrivals_keep_to_the_budget_and_all_finish(
     assert results == {index: ALONE[which] for index, (_, which) in enumerate(trace)}
 
 
+@settings(deadline=None, max_examples=10)
+@given(
+    ahead=st.integers(1, 9),
+    most_running=st.integers(1, 5),
+    chosen=st.lists(st.integers(0, len(REQUESTS) - 1), min_size=1, max_size=6),
+)
+def test_steps_handed_over_ahead_give_the_same(ahead: int, most_running: int, chosen: list[int]) -> None:
+    """The device is given further steps before the host has seen what was chosen in the ones before."""
+    engine = Engine(DECODER, GRAMMAR)
+    scheduler = engine.scheduler(most_running, ahead=ahead)
+    for index, which in enumerate(chosen):
+        scheduler.submit(engine.walk(index, REQUESTS[which]))
+    assert finish(scheduler) == {index: ALONE[which] for index, which in enumerate(chosen)}
+
+
 def test_a_large_request_is_not_overtaken() -> None:
     """Small ones that came later wait behind it, though there would be room for them."""
     large, small = sorted(REQUESTS, key=kv_bytes)[-1], sorted(REQUESTS, key=kv_bytes)[0]

@@ -117,7 +117,7 @@ def test_draws_follow_the_filtered_softmax(temperature: float, k: int, p: float)
     ids = torch.arange(100, 112)
     drawn = sample(logits.expand(draws, -1), ids, [params] * draws, range(draws))
     expected = top_p(top_k(logits / temperature, k), p).softmax(-1)[0] * draws
-    seen = torch.bincount(torch.tensor(drawn) - 100, minlength=12)
+    seen = torch.bincount(drawn - 100, minlength=12)
     assert not seen[expected == 0].any()
     live = expected > 0
     chi_square = ((seen - expected)[live] ** 2 / expected[live]).sum().item()

@@ -102,11 +102,13 @@ class Engine:
         while scheduler.busy:
             yield from scheduler.step()
 
-    def scheduler(self, most_running: int = 8) -> Scheduler:
+    def scheduler(self, most_running: int = 8, *, ahead: int | None = None) -> Scheduler:
         """What runs requests together, for those who submit and cancel them as they come.
 
         Args:
             most_running: Most requests at once.
+            ahead: Most further steps that the device is given before the host looks at what was chosen; by default
+                none, but on a GPU.
 
         Raises:
             EmulusError: That is less than one.
@@ -118,6 +120,7 @@ class Engine:
             self.schedule,
             most_running=most_running,
             kv_budget=self.kv_budget,
+            ahead=ahead,
             pace=self._pace,
             counts=self.counts,
         )

@@ -7,20 +7,23 @@ and one, two or fifty tokens of a sequence are the same call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from emulus.device import numbers
 from emulus.engine.cache import CacheLayout, Lane
+from emulus.engine.graphs import Graphs
 from emulus.errors import EmulusError
-from emulus.kernels import native
+from emulus.kernels import gpu, native
 from emulus.kernels.where import Where
 from emulus.model.linear import linear
+from emulus.model.quantize import is_quantized
 from emulus.model.transformer import Block, Decoder, Rotary, rms_norm, rotary, rotate
 
 Weight = Tensor | nn.Module
@@ -86,12 +89,11 @@ class _Span:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """What every layer of one device needs to know of a step."""
+    """What every layer of one device needs to know of a step: addresses for kernels, or spans for plain PyTorch."""
 
-    kernels: ModuleType | None
-    where: Where
-    spans: tuple[_Span, ...]
     table: Rotary
+    where: Where | None = None
+    spans: tuple[_Span, ...] = ()
 
 
 class Runner:
@@ -109,7 +111,10 @@ class Runner:
         self._head = _weight(decoder.lm_head)
         self._layers = tuple(_layers(decoder))
         devices = [layer.device for layer in self._layers]
-        self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(self._layers[0]))
+        together = {*devices, self._embedding.device, self._norm.device} == {self.device}
+        self._kernels = _kernels(self.device, decoder.config.head_width) if together else None
+        self._graphs = Graphs(self._compute)
+        self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels))
 
     @property
     def device(self) -> torch.device:
@@ -125,13 +130,17 @@ class Runner:
         return Lane(self.layout, capacity)
 
     @torch.inference_mode()
-    def forward(self, feeds: Sequence[Feed]) -> Float[Tensor, "wanted hidden"]:
+    def forward(
+        self, feeds: Sequence[Feed], *, chosen: Int64[Tensor, " holes"] | None = None, holes: Sequence[int] = ()
+    ) -> Float[Tensor, "wanted hidden"]:
         """Compute tokens, each seeing its lane up to itself, and keep their keys and values.
 
         The lanes' lengths stay as they are: whoever calls knows which tokens are there for good.
 
         Args:
             feeds: Tokens of distinct lanes.
+            chosen: Ids that only the device knows yet.
+            holes: Where those stand, counted over all feeds; what the feeds say there is not looked at.
 
         Returns:
             What the head reads, of the wanted tokens in order; float32 on a CPU.
@@ -139,13 +148,40 @@ class Runner:
         Raises:
             EmulusError: A token would stand beyond its lane.
         """
-        steps = _Steps(self, feeds)
-        x = F.embedding(steps.ids.to(self._embedding.device), self._embedding)
+        step = _Flat.of(feeds)
+        device = self._embedding.device
+        ids = numbers(step.ids, device)
+        if chosen is not None:
+            ids[numbers(holes, device)] = chosen.to(device)
+        if self._kernels is None or step.most > _FEW:
+            x = self._through(ids, _Steps(self, step))
+        else:
+            x = self._graphs(ids, numbers(step.positions, device), *_addresses(step, device))
+        wanted = x[numbers(step.wanted, x.device)].to(self.device, _activations(self._norm))
+        return self._rms_norm(wanted, self._norm)
+
+    def rotary(self, position: Int64[Tensor, " tokens"]) -> Rotary:
+        """The angles of these positions."""
+        return rotary(position[None], self.config.head_width, self.config.rope_theta)
+
+    def _compute(self, ids: Tensor, position: Tensor, base: Tensor, capacity: Tensor, ready: Tensor | None) -> Tensor:
+        """A step of few tokens on one device, as a function of tensors alone."""
+        where = Where(
+            base=base,
+            capacity=capacity,
+            position=position,
+            dtype=self.layout.dtype,
+            kv_heads=self.layout.kv_heads,
+            head_dim=self.layout.head_dim,
+            ready=ready,
+        )
+        return self._through(ids, {ids.device: _Step(where=where, table=self.rotary(position))})
+
+    def _through(self, ids: Tensor, steps: Mapping[torch.device, _Step]) -> Tensor:
+        x = F.embedding(ids, self._embedding)
         for layer in self._layers:
-            x = x.to(layer.device, layer.dtype)
-            x = self._block(x, layer, steps.on(layer.device))
-        wanted = x[steps.wanted.to(x.device)].to(self.device, _activations(self._norm))
-        return _rms_norm(wanted, self._norm, self.config.rms_norm_eps, _kernels(self.device, self.config.head_width))
+            x = self._block(x.to(layer.device, layer.dtype), layer, steps[layer.device])
+        return x
 
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "n hidden"], ranges: Sequence[tuple[int, int]]) -> Float[Tensor, "n ids"]:
@@ -154,83 +190,87 @@ class Runner:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _block(self, x: Tensor, layer: _Layer, step: _Step) -> Tensor:
-        eps, kernels = self.config.rms_norm_eps, step.kernels
-        hidden = _rms_norm(x, layer.norm, eps, kernels)
-        x = x + linear(self._attention(hidden, layer, step), layer.o)
-        hidden = _rms_norm(x, layer.mlp_norm, eps, kernels)
+        x = x + linear(self._attention(self._rms_norm(x, layer.norm), layer, step), layer.o)
+        hidden = self._rms_norm(x, layer.mlp_norm)
         gate, up = linear(hidden, layer.gate), linear(hidden, layer.up)
-        product = F.silu(gate) * up if kernels is None else kernels.silu_mul(gate, up)
+        product = F.silu(gate) * up if self._kernels is None else self._kernels.silu_mul(gate, up)
         return x + linear(product, layer.down)
 
     def _attention(self, hidden: Tensor, layer: _Layer, step: _Step) -> Tensor:
-        width, eps = self.config.head_width, self.config.rms_norm_eps
+        width = self.config.head_width
         q = linear(hidden, layer.q).view(len(hidden), -1, width)
         k = linear(hidden, layer.k).view(len(hidden), -1, width)
         v = linear(hidden, layer.v).view(len(hidden), -1, width)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = _rms_norm(q.reshape(-1, width), layer.q_norm, eps, step.kernels).view_as(q)
-            k = _rms_norm(k.reshape(-1, width), layer.k_norm, eps, step.kernels).view_as(k)
-        if step.kernels is None:
+            q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
+        if step.where is None or self._kernels is None:
             return _attend(q, k, v, layer, step)
         cos, sin = (part[0, 0] for part in step.table)
-        q = step.kernels.rotate_and_store(q, k, v, cos, sin, step.where, layer.index)
-        return step.kernels.attend(q, step.where, layer.index)
+        q = self._kernels.rotate_and_store(q, k, v, cos, sin, step.where, layer.index)
+        return self._kernels.attend(q, step.where, layer.index)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        eps = self.config.rms_norm_eps
+        if self._kernels is None:
+            return rms_norm(x, weight, eps).to(x.dtype)
+        return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view_as(x)
 
 
-class _Steps:
-    """A step's tokens laid out flat, and what each device needs to know of them, made when it is first asked for."""
+@dataclass(frozen=True, kw_only=True)
+class _Flat:
+    """The tokens of all feeds, one after another."""
 
-    def __init__(self, runner: Runner, feeds: Sequence[Feed]) -> None:
+    feeds: Sequence[Feed]
+    ids: list[int]
+    positions: list[int]
+    wanted: list[int]
+    most: int
+
+    @classmethod
+    def of(cls, feeds: Sequence[Feed]) -> _Flat:
+        return cls(
+            feeds=feeds,
+            ids=[id for feed in feeds for id in feed.ids],
+            positions=[slot for feed in feeds for slot in _checked(feed)],
+            wanted=list(_wanted(feeds)),
+            most=max(len(feed.ids) for feed in feeds),
+        )
+
+
+class _Steps(dict[torch.device, _Step]):
+    """A step as each device sees it, where plain PyTorch computes it; made when it is first asked for."""
+
+    def __init__(self, runner: Runner, flat: _Flat) -> None:
+        super().__init__()
         self._runner = runner
-        self._feeds = feeds
-        self._positions = [slot for feed in feeds for slot in _checked(feed)]
-        self._steps: dict[torch.device, _Step] = {}
-        self.ids = torch.tensor([id for feed in feeds for id in feed.ids])
-        self.wanted = torch.tensor(list(_wanted(feeds)), dtype=torch.int64)
+        self._flat = flat
 
-    def on(self, device: torch.device) -> _Step:
-        """The step as seen on one device."""
-        if device not in self._steps:
-            self._steps[device] = self._make(device)
-        return self._steps[device]
+    def __missing__(self, device: torch.device) -> _Step:
+        position = numbers(self._flat.positions, device)
+        self[device] = _Step(table=self._runner.rotary(position), spans=tuple(_spans(self._flat, position)))
+        return self[device]
 
-    def _make(self, device: torch.device) -> _Step:
-        layout, config = self._runner.layout, self._runner.config
-        positions = torch.tensor(self._positions, device=device)
-        few = max(len(feed.ids) for feed in self._feeds) <= _FEW
-        kernels = _kernels(device, config.head_width) if few else None
-        return _Step(
-            kernels=kernels,
-            where=self._where(device, positions),
-            spans=() if kernels else tuple(self._spans(positions)),
-            table=rotary(positions[None], layout.head_dim, config.rope_theta),
-        )
 
-    def _where(self, device: torch.device, positions: Tensor) -> Where:
-        layout, feeds = self._runner.layout, self._feeds
+def _spans(flat: _Flat, positions: Tensor) -> Iterator[_Span]:
+    start = 0
+    for feed in flat.feeds:
+        tokens = slice(start, start + len(feed.ids))
+        yield _Span(lane=feed.lane, tokens=tokens, positions=positions[tokens], visible=max(feed.slots) + 1)
+        start = tokens.stop
 
-        def each_token(numbers: Sequence[int]) -> Tensor:
-            return torch.tensor(
-                [n for n, feed in zip(numbers, feeds, strict=True) for _ in feed.ids], dtype=torch.int64, device=device
-            )
 
-        watched = [feed.lane.ready for feed in feeds]
-        return Where(
-            base=each_token([feed.lane.memory[device].data_ptr() for feed in feeds]),
-            capacity=each_token([feed.lane.capacity for feed in feeds]),
-            position=positions,
-            dtype=layout.dtype,
-            kv_heads=layout.kv_heads,
-            head_dim=layout.head_dim,
-            ready=each_token([ready[device].data_ptr() if ready else 0 for ready in watched]) if any(watched) else None,
-        )
+def _addresses(flat: _Flat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each token: address of its lane, slots of its lane, address of what is ready of it."""
 
-    def _spans(self, positions: Tensor) -> Iterator[_Span]:
-        start = 0
-        for feed in self._feeds:
-            tokens = slice(start, start + len(feed.ids))
-            yield _Span(lane=feed.lane, tokens=tokens, positions=positions[tokens], visible=max(feed.slots) + 1)
-            start = tokens.stop
+    def each_token(values: Sequence[int]) -> Tensor:
+        return numbers([n for n, feed in zip(values, flat.feeds, strict=True) for _ in feed.ids], device)
+
+    lanes = [feed.lane for feed in flat.feeds]
+    base = each_token([lane.memory[device].data_ptr() for lane in lanes])
+    capacity = each_token([lane.capacity for lane in lanes])
+    if not any(lane.ready for lane in lanes):
+        return base, capacity, None
+    return base, capacity, each_token([lane.ready[device].data_ptr() if lane.ready else 0 for lane in lanes])
 
 
 def _layers(decoder: Decoder) -> Iterator[_Layer]:
@@ -270,21 +310,24 @@ def _activations(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
-def _cache_dtype(layer: _Layer) -> torch.dtype:
-    """Of keys and values: bfloat16 where the weights are and a kernel reads it as fast as it lies there."""
-    if layer.device.type == "cpu":
-        return torch.bfloat16 if layer.norm.dtype == torch.bfloat16 and native.available() else torch.float32
-    return layer.norm.dtype
+def _cache_dtype(decoder: Decoder, kernels: ModuleType | None) -> torch.dtype:
+    """Of keys and values: the weights' own; on a CPU bfloat16 where a kernel reads it as it lies there, else float32.
+
+    Where weights have few bits, keys and values need no more than bfloat16 has.
+    """
+    dtype = decoder.model.norm.weight.dtype
+    if decoder.model.norm.weight.device.type != "cpu":
+        return dtype
+    short = dtype == torch.bfloat16 or is_quantized(decoder)
+    return torch.bfloat16 if short and kernels is not None else torch.float32
 
 
 def _kernels(device: torch.device, head_dim: int) -> ModuleType | None:
     """Kernels for few tokens on this device, if there are."""
+    if device.type == "cuda":
+        return gpu if gpu.available() else None
     fits = device.type == "cpu" and head_dim % 2 == 0 and head_dim <= native.MOST_HEAD_DIM
     return native if fits and native.available() else None
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: ModuleType | None) -> Tensor:
-    return rms_norm(x, weight, eps).to(x.dtype) if kernels is None else kernels.rms_norm(x, weight, eps)
 
 
 def _checked(feed: Feed) -> Sequence[int]:

@@ -40,6 +40,13 @@ class Course(Protocol):
     def ask(self) -> Ask:
         """What to compute now; whatever may be chosen is of :meth:`Walk.allowed`'s ids."""
 
+    def foreseen(self, most: int) -> list[list[int]]:
+        """What the grammar forces after each of the next choices, whatever they are, and before a further one.
+
+        The host need not look at those choices before it asks for the next. At most ``most``; none where a choice
+        decides what is asked then.
+        """
+
     def take(self, chosen: Sequence[int]) -> tuple[list[Event], int]:
         """Take what was chosen.
 
@@ -158,6 +165,19 @@ class _Ahead:
         self._wanted, self._fed = wanted, len(walk.fresh)
         return Ask(ids=ids, wanted=wanted, positions=positions)
 
+    def foreseen(self, most: int) -> list[list[int]]:
+        if most < 1 or self._window.window() > 1:
+            return []
+        follows: list[list[int]] = []
+        before = CELL
+        for entry in self._walk.upcoming(most + 1)[1:].tolist():
+            if before == CELL:
+                follows.append([])
+            if entry != CELL:
+                follows[-1].append(entry)
+            before = entry
+        return follows
+
     def take(self, chosen: Sequence[int]) -> tuple[list[Event], int]:
         walk = self._walk
         right = 1
@@ -244,6 +264,9 @@ class _Rows:
                 self._asked.append(row)
         positions = [self._start + row.offset + len(row.ids) for row in self._asked]
         return Ask(ids=ids, offsets=offsets, wanted=wanted, positions=positions)
+
+    def foreseen(self, most: int) -> list[list[int]]:
+        return []
 
     def take(self, chosen: Sequence[int]) -> tuple[list[Event], int]:
         if not self._rows:

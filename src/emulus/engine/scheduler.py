@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
+from emulus.device import numbers
 from emulus.engine.cache import Lane
 from emulus.engine.pace import Pace
 from emulus.engine.request import Counts, Event, Failed
@@ -17,10 +20,13 @@ from emulus.engine.schedule import Ask, Course, Schedule
 from emulus.engine.walk import Walk
 from emulus.errors import EmulusError
 from emulus.placement import free_memory
-from emulus.sampling.draw import Question, choose
+from emulus.sampling.draw import Question, Ranges, choose
 
 # What is left to others of the memory that is free when the engine begins.
 _SHARE = 0.9
+
+# Steps that a GPU is given beyond the one that it computes: a quarter of a row of a large picture.
+_AHEAD = 24
 
 
 @dataclass(kw_only=True)
@@ -105,6 +111,7 @@ class Scheduler:
         *,
         most_running: int,
         kv_budget: int | None = None,
+        ahead: int | None = None,
         pace: Pace | None = None,
         counts: Counts | None = None,
     ) -> None:
@@ -115,6 +122,8 @@ class Scheduler:
             schedule: In which order ids are computed.
             most_running: Most requests at once.
             kv_budget: Bytes for keys and values on each device; by default nine tenths of what is free.
+            ahead: Most further steps that are handed to the device before the host looks at what was chosen; by default
+                none, but on a GPU.
             pace: What is known of the cost of steps.
             counts: Where to count; by default anew.
         """
@@ -123,6 +132,7 @@ class Scheduler:
         self._schedule = schedule
         self._most_running = most_running
         self._pace = pace or Pace()
+        self._ahead = (_AHEAD if runner.device.type == "cuda" else 0) if ahead is None else ahead
         free = {} if kv_budget is not None else free_memory()
         limit = {
             device: kv_budget if kv_budget is not None else int(_SHARE * free.get(device, 0))
@@ -169,18 +179,45 @@ class Scheduler:
         self._prefill()
         going = [running for running in self._running if running.ready]
         if going:
-            started = time.perf_counter()
-            asks = [running.course.ask() for running in going]
-            feeds = [track.feed(ask) for running, ask in zip(going, asks, strict=True) for track in running.tracks]
-            hidden = self._runner.forward(feeds)
-            questions = list(_questions(going, asks))
-            chosen = iter(choose(lambda rows, ranges: self._runner.logits(hidden[rows], ranges), questions))
-            before = self.counts.tokens
-            events += self._take(going, asks, chosen)
-            self._pace.made(self.counts.tokens - before, time.perf_counter() - started, len(feeds))
-            self.counts.forwards += 1
-            self.counts.computed += sum(len(feed.ids) for feed in feeds)
+            started, before = time.perf_counter(), self.counts.tokens
+            events += self._decode(going)
+            lanes = sum(len(running.tracks) for running in going)
+            self._pace.made(self.counts.tokens - before, time.perf_counter() - started, lanes)
         return events
+
+    def _decode(self, going: Sequence[_Running]) -> list[Event]:
+        """One turn of every course; or several, where what is asked in the next does not hang on what is chosen now.
+
+        Then the host hands the device its work without waiting for what comes of it.
+        """
+        asks = [running.course.ask() for running in going]
+        follows = list(zip(*(running.course.foreseen(self._ahead) for running in going), strict=False))
+        feeds = [track.feed(ask) for running, ask in zip(going, asks, strict=True) for track in running.tracks]
+        rows = [row for row, running in enumerate(going) for _ in running.tracks]
+        turns = [self._choose(going, asks, self._compute(feeds))]
+        for follow in follows:
+            asks = [_next(ask, len(forced)) for ask, forced in zip(asks, follow, strict=True)]
+            feeds = [_after(feed, follow[row]) for feed, row in zip(feeds, rows, strict=True)]
+            chosen = turns[-1][numbers(rows, turns[-1].device)]
+            turns.append(self._choose(going, asks, self._compute(feeds, chosen)))
+        events: list[Event] = []
+        for turn, chosen in enumerate(torch.stack(turns).tolist() if follows else [turns[0].tolist()]):
+            asks = [running.course.ask() for running in going] if turn else asks
+            events += self._take(going, asks, iter(chosen))
+        return events
+
+    def _compute(self, feeds: Sequence[Feed], chosen: Tensor | None = None) -> Tensor:
+        """Hidden states of one step; with ``chosen``, each feed begins with an id that only the device knows."""
+        self.counts.forwards += 1
+        self.counts.computed += sum(len(feed.ids) for feed in feeds)
+        holes = list(accumulate([0, *(len(feed.ids) for feed in feeds[:-1])])) if chosen is not None else ()
+        return self._runner.forward(feeds, chosen=chosen, holes=holes)
+
+    def _choose(self, going: Sequence[_Running], asks: Sequence[Ask], hidden: Tensor) -> Tensor:
+        def logits(rows: list[int], ranges: Ranges) -> Tensor:
+            return self._runner.logits(hidden[numbers(rows, hidden.device)], ranges)
+
+        return choose(logits, list(_questions(going, asks)))
 
     def _take(self, going: Sequence[_Running], asks: Sequence[Ask], chosen: Iterator[int]) -> list[Event]:
         """Hand every request the ids that were chosen for it."""
@@ -250,6 +287,17 @@ class Scheduler:
         self._running.remove(running)
         self._budget.take(self._need(running.walk), sign=-1)
         running.tracks.clear()
+
+
+def _next(ask: Ask, forced: int) -> Ask:
+    """The ask that will come after a choice and what the grammar forces behind it."""
+    return replace(ask, wanted=[0], positions=[ask.positions[0] + 1 + forced])
+
+
+def _after(feed: Feed, forced: Sequence[int]) -> Feed:
+    """What follows a feed: an id that the host does not know yet, and what the grammar forces behind it."""
+    start = feed.slots[-1] + 1
+    return Feed(lane=feed.lane, ids=[0, *forced], positions=range(start, start + 1 + len(forced)))
 
 
 def _prompts(walk: Walk) -> list[Sequence[int]]:

@@ -1,123 +1,33 @@
-"""Projections kept in 8 or 4 bits: the seven matrices of each block, where nearly all of a decoder's bytes are.
+"""Weights -> fewer bits: the seven matrices of each block and the head, where nearly all of a decoder's bytes are.
 
-Embedding, head and norms stay as they are: the head decides between ids whose logits lie close together.
+Here each weight is rounded to the nearest value there is; :mod:`emulus.model.calibrate` looks at inputs and does
+better. The embedding, of which a step reads a row a token, and the norms stay as they are. The head decides between ids
+whose logits lie close together, so it never has fewer than 8 bits.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from emulus.errors import EmulusError, did_you_mean
-
-Quantization = Literal["int8", "int4"]
-
-GROUP = 64
-"""Neighbours along the input that share a scale in int4."""
+from emulus.model.linear import GROUP as GROUP
+from emulus.model.linear import Packed
+from emulus.model.linear import Quantization as Quantization
+from emulus.model.linear import QuantizedLinear as QuantizedLinear
+from emulus.model.transformer import Decoder
+from emulus.weights import on_meta
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Last part of the names of the layers that are quantised."""
 
-# Weights that are made whole at a time: enough to keep a multiplication busy, little beside the model.
-_CHUNK = 2**20
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer without bias, its weights rounded to whole multiples of a scale.
-
-    - ``int8``: one scale per output row, ``weight = scale * q`` with q in [-127, 127].
-    - ``int4``: one scale and one low end per output row and :data:`GROUP` inputs, ``weight = low + scale * q`` with q
-      in [0, 15]; two values lie in a byte, the first in its low half. The low end is at most 0 and the high end at
-      least 0, so that rounding the two to bfloat16 moves neither far.
-
-    Either way a weight is at most half a scale away from what it was. Plain PyTorch: a part of the rows is made whole
-    in the input's type and multiplied, then the next.
-
-    Attributes:
-        q: ``(out, in)`` int8, or ``(out, in / 2)`` uint8, the inputs filled up to whole groups.
-        scale: ``(out, 1)`` float32, or ``(out, groups)`` bfloat16.
-        low: ``(out, groups)`` bfloat16; ``None`` in int8.
-    """
-
-    q: Tensor
-    scale: Tensor
-    low: Tensor | None
-
-    def __init__(
-        self, in_features: int, out_features: int, kind: Quantization, device: torch.device | str = "cpu"
-    ) -> None:
-        """Allocate, all zeros.
-
-        Args:
-            in_features: Width of the input.
-            out_features: Width of the output.
-            kind: How many bits.
-            device: Where it lies.
-        """
-        super().__init__()
-        self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        groups = -(-in_features // GROUP)
-        if kind == "int8":
-            self.register_buffer("q", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-            self.register_buffer("scale", torch.zeros(out_features, 1, device=device))
-            self.register_buffer("low", None)
-        else:
-            ends = torch.zeros(out_features, groups, dtype=torch.bfloat16, device=device)
-            shape = (out_features, groups * GROUP // 2)
-            self.register_buffer("q", torch.zeros(shape, dtype=torch.uint8, device=device))
-            self.register_buffer("scale", ends)
-            self.register_buffer("low", ends.clone())
-
-    def put(self, start: int, weight: Float[Tensor, "rows in"], *, name: str = "the matrix") -> None:
-        """Quantise some rows.
-
-        Args:
-            start: The first row's number.
-            weight: The rows.
-            name: What to call the matrix in a message.
-
-        Raises:
-            EmulusError: A weight is infinite, not a number, or too large.
-        """
-        weight = weight.to(self.q.device).float()
-        q, scale, low = _to_int8(weight) if self.low is None else _to_int4(weight)
-        # The scale comes from the largest weights, and what is not a number makes it one that is not.
-        if not scale.isfinite().all():
-            raise EmulusError(f"{name} holds a weight that is not a number, or too large, so it cannot be quantised")
-        rows = slice(start, start + len(weight))
-        self.q[rows], self.scale[rows] = q, scale
-        if self.low is not None and low is not None:
-            self.low[rows] = low
-
-    def dequantize(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "rows in"]:
-        """Give rows from ``start`` to before ``stop`` as float32 weights."""
-        q, scale = self.q[start:stop], self.scale[start:stop].float()
-        if self.low is None:
-            return q.float().mul_(scale)
-        halves = torch.stack((q & 15, q >> 4), dim=-1).view(len(q), -1, GROUP).float()
-        whole = halves.mul_(scale[..., None]).add_(self.low[start:stop, :, None].float())
-        return whole.flatten(1)[:, : self.in_features]
-
-    def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        """Multiply, in the input's type."""
-        step = max(1, _CHUNK // self.in_features)
-        parts = [self._rows(x, start, start + step) for start in range(0, self.out_features, step)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-    def _rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if self.low is not None:
-            return F.linear(x, self.dequantize(start, stop).to(x.dtype))
-        # One scale a row may as well be multiplied at the end, where there is less to multiply.
-        whole = F.linear(x, self.q[start:stop].to(x.dtype))
-        return (whole.float() * self.scale[start:stop, 0]).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+HEAD = "lm_head.weight"
+_FP8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def quantize(weight: Float[Tensor, "out in"], kind: Quantization) -> QuantizedLinear:
@@ -127,15 +37,71 @@ def quantize(weight: Float[Tensor, "out in"], kind: Quantization) -> QuantizedLi
         EmulusError: A weight is infinite, not a number, or too large; or there is no such kind.
     """
     layer = QuantizedLinear(weight.shape[1], weight.shape[0], check_kind(kind), weight.device)
-    layer.put(0, weight)
+    put_rows(layer, 0, weight)
     return layer
 
 
-def make_room(model: nn.Module, kind: Quantization) -> dict[str, QuantizedLinear]:
-    """Put a quantised layer, still on the meta device, in the place of each projection.
+def put_rows(layer: QuantizedLinear, start: int, weight: Float[Tensor, "rows in"], *, name: str = "the matrix") -> None:
+    """Quantise some rows of a layer.
 
     Args:
-        model: A decoder on the meta device.
+        layer: It is given the rows.
+        start: The first row's number.
+        weight: The rows.
+        name: What to call the matrix in a message.
+
+    Raises:
+        EmulusError: A weight is infinite, not a number, or too large.
+    """
+    packed = _ROUNDED[layer.kind](weight.to(layer.q.device).float())
+    # The scale comes from the largest weights, and what is not a number makes it one that is not.
+    if not packed.scale.isfinite().all():
+        raise EmulusError(f"{name} holds a weight that is not a number, or too large, so it cannot be quantised")
+    rows = slice(start, start + len(weight))
+    layer.q[rows], layer.scale[rows] = packed.q, packed.scale
+    if layer.low is not None and packed.low is not None:
+        layer.low[rows] = packed.low
+
+
+@torch.no_grad()
+def quantize_decoder(decoder: Decoder, kind: Quantization) -> Decoder:
+    """Make a quantised copy of a decoder, in eval mode; what is not quantised is shared with the original.
+
+    Args:
+        decoder: It is left as it is.
+        kind: How many bits.
+
+    Raises:
+        EmulusError: A weight is not finite, the decoder is quantised already, or there is no such kind.
+    """
+    copy = shared_copy(decoder)
+    for name, layer in make_room(copy, check_kind(kind)).items():
+        weight = decoder.get_parameter(name)
+        layer.to_empty(device=weight.device)
+        put_rows(layer, 0, weight, name=name)
+    return copy
+
+
+def shared_copy(decoder: Decoder) -> Decoder:
+    """Make a decoder of the same tensors, in eval mode: its layers can be replaced, and the original stays.
+
+    Raises:
+        EmulusError: The decoder is quantised.
+    """
+    if is_quantized(decoder):
+        raise EmulusError("the decoder is quantised already; quantise the original")
+    copy = on_meta(lambda: Decoder(decoder.config))
+    for name, parameter in decoder.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        setattr(copy.get_submodule(path), leaf, parameter)
+    return copy.eval()
+
+
+def make_room(model: nn.Module, kind: Quantization) -> dict[str, QuantizedLinear]:
+    """Put a quantised layer, still on the meta device, in the place of each projection and of the head.
+
+    Args:
+        model: A decoder.
         kind: How many bits.
 
     Returns:
@@ -143,23 +109,37 @@ def make_room(model: nn.Module, kind: Quantization) -> dict[str, QuantizedLinear
     """
     replaced: dict[str, QuantizedLinear] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and is_projection(f"{name}.weight"):
-            layer = QuantizedLinear(module.in_features, module.out_features, kind, "meta")
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+        bits = kind_of(f"{name}.weight", kind)
+        if isinstance(module, nn.Linear) and bits is not None:
+            layer = QuantizedLinear(module.in_features, module.out_features, bits, "meta")
+            replace_layer(model, name, layer)
             replaced[f"{name}.weight"] = layer
     return replaced
 
 
-def is_projection(name: str) -> bool:
-    """Whether the tensor of this name is one that is quantised."""
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the one called ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def kind_of(name: str, kind: Quantization) -> Quantization | None:
+    """In how many bits the tensor of this name is kept in a decoder of a kind; ``None`` if it is not quantised."""
+    if name == HEAD:
+        return "fp8" if kind == "fp8" else "int8"
     parts = name.split(".")
-    return len(parts) > 2 and parts[-2] in PROJECTIONS and parts[-1] == "weight"
+    return kind if len(parts) > 2 and parts[-2] in PROJECTIONS and parts[-1] == "weight" else None
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of a model is quantised."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How many bits a decoder's projections have; ``None`` if it is not quantised."""
+    kinds = [module.kind for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    return kinds[0] if kinds else None
 
 
 def quantized_bytes(shape: tuple[int, ...], kind: Quantization) -> int:
@@ -181,18 +161,44 @@ def check_kind(kind: str) -> Quantization:
     raise EmulusError(f"unknown quantisation {kind!r}{did_you_mean(kind, kinds)}")
 
 
-# Both work in place where they can: beside a row as it was, one more of it is in memory.
+def to_config(kind: Quantization) -> dict[str, Any]:
+    """What the ``config.json`` of a quantised decoder says under ``quantization``."""
+    group = {"group": GROUP} if kind == "int4" else {}
+    return {"kind": kind, **group, "head": kind_of(HEAD, kind)}
 
 
-def _to_int8(weight: Tensor) -> tuple[Int[Tensor, "rows in"], Float[Tensor, "rows 1"], None]:
-    largest = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
-    scale = (largest / 127).clamp_(min=_least(torch.float32))
-    return (weight / scale).round_().clamp_(-127, 127).to(torch.int8), scale, None
+def from_config(values: object) -> Quantization:
+    """Read what :func:`to_config` wrote.
+
+    Raises:
+        EmulusError: It is of a kind that is not computed here.
+    """
+    if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
+        raise EmulusError(f"its quantization {values!r} names no kind; restore config.json from its source")
+    kind = check_kind(values["kind"])
+    read = to_config(kind)
+    if any(values.get(key) != value for key, value in read.items()):
+        raise EmulusError(f"its quantization {dict(values)} is not of the sort that is read here, {read}")
+    return kind
 
 
-def _to_int4(
-    weight: Tensor,
-) -> tuple[Int[Tensor, "rows bytes"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+# What follows works in place where it can: beside a row as it was, one more of it is in memory.
+
+
+def to_int8(weight: Float[Tensor, "rows in"]) -> Packed:
+    """Round each row to whole multiples of a 127th of its largest weight."""
+    scale = (_largest(weight) / 127).clamp_(min=_least(torch.float32))
+    return Packed(nearest_step(weight / scale, "int8").to(torch.int8), scale, None)
+
+
+def to_fp8(weight: Float[Tensor, "rows in"]) -> Packed:
+    """Round each row to the floats of 8 bits, its largest weight being the largest of them."""
+    scale = (_largest(weight) / _FP8_LARGEST).clamp_(min=_least(torch.float32))
+    return Packed(nearest_step(weight / scale, "fp8").to(torch.float8_e4m3fn), scale, None)
+
+
+def to_int4(weight: Float[Tensor, "rows in"]) -> Packed:
+    """Round each :data:`GROUP` neighbours to 16 steps from the least of them to the largest."""
     # Zeros fill the last group up; they change nothing, since 0 is within the ends of every group anyhow.
     missing = -weight.shape[1] % GROUP
     groups = (F.pad(weight, (0, missing)) if missing else weight).view(len(weight), -1, GROUP)
@@ -201,10 +207,31 @@ def _to_int4(
     # What is rounded to is computed from the ends as they are stored.
     scale = (high - low.float()).div_(15).clamp_(min=_least(torch.bfloat16)).bfloat16()
     steps = (groups - low[..., None].float()).div_(scale[..., None].float())
-    pairs = steps.round_().clamp_(0, 15).to(torch.uint8).view(len(weight), -1, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4), scale, low
+    return Packed(pack_int4(nearest_step(steps, "int4")), scale, low)
+
+
+def nearest_step(steps: Float[Tensor, "*any"], kind: Quantization) -> Float[Tensor, "*any"]:
+    """The nearest of the values that a kind's ``q`` can have, in place but for fp8."""
+    if kind == "fp8":
+        # What lies beyond the largest would become not a number.
+        return steps.clamp_(-_FP8_LARGEST, _FP8_LARGEST).to(torch.float8_e4m3fn).float()
+    return steps.round_().clamp_(*((0, 15) if kind == "int4" else (-127, 127)))
+
+
+def pack_int4(steps: Shaped[Tensor, "rows groups group"]) -> UInt8[Tensor, "rows bytes"]:
+    """Put two numbers from 0 to 15 into each byte, the first into its low half."""
+    pairs = steps.to(torch.uint8).view(len(steps), -1, 2)
+    packed: Int[Tensor, "rows bytes"] = pairs[..., 0] | (pairs[..., 1] << 4)
+    return packed
+
+
+def _largest(weight: Tensor) -> Tensor:
+    return torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
 
 
 def _least(dtype: torch.dtype) -> float:
     """Smallest scale: a row of zeros must not divide by zero, nor tiny weights by a number that lost its digits."""
     return torch.finfo(dtype).tiny
+
+
+_ROUNDED = {"int8": to_int8, "int4": to_int4, "fp8": to_fp8}

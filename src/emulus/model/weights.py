@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,13 +13,25 @@ from emulus.device import pick_device
 from emulus.errors import EmulusError
 from emulus.files import read_json, write_json
 from emulus.model.config import DecoderConfig
-from emulus.model.quantize import Quantization, check_kind, is_quantized, make_room
+from emulus.model.quantize import (
+    HEAD,
+    Quantization,
+    QuantizedLinear,
+    check_kind,
+    from_config,
+    kind_of,
+    make_room,
+    put_rows,
+    quantization_of,
+    to_config,
+)
 from emulus.model.transformer import Decoder
 from emulus.weights import (
     CONFIG,
     WEIGHTS,
     Place,
     Shapes,
+    Stored,
     Tensors,
     check_shapes,
     fill,
@@ -25,31 +39,39 @@ from emulus.weights import (
     on_meta,
     place,
     read_pieces,
+    read_tensor,
     save_tensors,
 )
+
+QUANTIZATION = "quantization"
+"""Key of ``config.json`` under which a quantised decoder says how."""
 
 
 def save_decoder(model: Decoder, folder: Path | str, dtype: torch.dtype | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors``, each atomically.
 
-    A decoder that lies on several devices is written whole.
+    A decoder that lies on several devices is written whole. Of a quantised one the quantised layers are written as
+    they are, as ``NAME.q``, ``NAME.scale`` and (int4) ``NAME.low``, and the config says so.
 
     Args:
         model: What to save.
         folder: Where; made if missing.
-        dtype: What to store; by default each tensor's own.
+        dtype: What to store; by default each tensor's own. Of a quantised decoder, what is not quantised.
 
     Raises:
-        EmulusError: The disk is full, the folder may not be written to, or the decoder is quantised.
+        EmulusError: The disk is full, or the folder may not be written to.
     """
-    if is_quantized(model):
-        raise EmulusError("a quantised decoder is not saved; save the original, and quantise it when it is loaded")
     folder = Path(folder)
+    kept = {name for name, _ in model.named_buffers()}
     tensors = {
-        name: tensor.to(dtype=dtype) for name, tensor in model.state_dict().items() if not _is_tied(name, model.config)
+        name: tensor if name in kept else tensor.to(dtype=dtype)
+        for name, tensor in model.state_dict().items()
+        if not _is_tied(name, model.config)
     }
     save_tensors(tensors, folder / WEIGHTS)
-    write_json(folder / CONFIG, {"model_type": "emulus", **model.config.to_dict()})
+    kind = quantization_of(model)
+    said = {} if kind is None else {QUANTIZATION: to_config(kind)}
+    write_json(folder / CONFIG, {"model_type": "emulus", **said, **model.config.to_dict()})
 
 
 def load_config(folder: Path | str) -> DecoderConfig:
@@ -58,12 +80,20 @@ def load_config(folder: Path | str) -> DecoderConfig:
     Raises:
         EmulusError: It is missing, broken or another architecture's.
     """
-    path = Path(folder) / CONFIG
-    values = read_json(path)
-    try:
-        return DecoderConfig.from_dict(values)
-    except EmulusError as error:
-        raise EmulusError(f"{path}: {error}") from None
+    return _read_config(Path(folder))[0]
+
+
+def read_config(values: Any) -> tuple[DecoderConfig, Quantization | None]:
+    """Read our own ``config.json``: the decoder's shape, and how many bits its stored weights have.
+
+    Raises:
+        EmulusError: It is broken or another architecture's.
+    """
+    own = (
+        {key: value for key, value in values.items() if key != QUANTIZATION} if isinstance(values, Mapping) else values
+    )
+    config = DecoderConfig.from_dict(own)
+    return config, from_config(values[QUANTIZATION]) if QUANTIZATION in values else None
 
 
 def load_decoder(
@@ -83,20 +113,23 @@ def load_decoder(
         dtype: What to compute in; by default what is stored.
         device: Where it shall lie: one device, or a placement over several.
         vocab_size: What the vocabulary beside it counts; a model of another size is refused.
-        quantize: Keep the projections in so many bits.
+        quantize: Keep projections and head in so many bits. A folder that is quantised already stays what it is.
 
     Raises:
-        EmulusError: A file is missing, damaged or a pickle, or its tensors are not this config's.
+        EmulusError: A file is missing, damaged or a pickle, its tensors are not this config's, or it is quantised
+            otherwise.
     """
     folder = Path(folder)
-    config = load_config(folder)
+    config, stored = _read_config(folder)
     if vocab_size is not None and vocab_size != config.vocab_size:
         raise EmulusError(
             f"{folder}: the decoder knows {config.vocab_size} ids but the vocabulary has {vocab_size}; "
             "they come from different models: use the vocabulary saved with this decoder"
         )
     tensors = find_tensors(folder)
-    return load_decoder_from(config, tensors, dtype=dtype, device=device, quantize=quantize, folder=folder)
+    return load_decoder_from(
+        config, tensors, dtype=dtype, device=device, quantize=quantize, stored=stored, folder=folder
+    )
 
 
 def load_decoder_from(
@@ -106,6 +139,7 @@ def load_decoder_from(
     dtype: torch.dtype | None,
     device: Place,
     quantize: Quantization | None = None,
+    stored: Quantization | None = None,
     folder: Path,
 ) -> Decoder:
     """Read a decoder, in eval mode, from tensors found under our names.
@@ -118,44 +152,108 @@ def load_decoder_from(
         tensors: Where its tensors are stored.
         dtype: What to compute in; ``None`` is what is stored.
         device: Where it shall lie: one device, or a placement over several.
-        quantize: Keep the projections in so many bits.
+        quantize: Keep projections and head in so many bits.
+        stored: How many bits they have in the files; ``None`` if they are whole.
         folder: Where all this comes from, for messages.
 
     Raises:
-        EmulusError: The tensors are not this config's, a file is damaged, a device is missing or full, or a weight to
-            be quantised is not finite.
+        EmulusError: The tensors are not this config's, a file is damaged, a device is missing or full, a weight to be
+            quantised is not finite, or the files are quantised otherwise than is asked for.
     """
+    kind = check_stored(folder, stored, quantize)
     # The shapes are compared before a model of that size is built: nothing is allocated on a config's word
     # alone.
-    check_shapes(folder, expected_shapes(config), tensors)
+    check_shapes(folder, expected_shapes(config, stored), tensors)
     model = on_meta(lambda: Decoder(config))
     for where in sorted({str(device(name) if callable(device) else device) for name in tensors}):
         pick_device(where)
-    layers = make_room(model, check_kind(quantize)) if quantize is not None else {}
+    layers = make_room(model, kind) if kind is not None else {}
+    whole = {name: tensors[name] for name in whole_names(config, kind)}
     try:
         for name, layer in layers.items():
-            layer.to_empty(device=place(device, name))
-            for start, rows in read_pieces(tensors[name]):
-                layer.put(start, rows, name=f"{tensors[name].file}: {name}")
-        fill(model, {name: tensors[name] for name in tensors if name not in layers}, dtype=dtype, device=device)
+            if stored is None:
+                quantize_rows(layer, tensors[source_of(name, config)], name, device)
+            else:
+                _read_quantized(layer, tensors, name.removesuffix(".weight"), device)
+        fill(model, whole, dtype=dtype, device=device)
     except torch.OutOfMemoryError as error:
         raise EmulusError(
             f"{folder}: no memory left for the decoder ({str(error).splitlines()[0]}); take a smaller dtype, int8 or "
             "int4, or let part of it lie on the CPU (device auto)"
         ) from None
-    if config.tie_word_embeddings:
+    if kind is None and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
 
-def expected_shapes(config: DecoderConfig) -> Shapes:
-    """The name and shape of every tensor that a decoder of this config has on disk; nothing is allocated."""
-    single = dataclasses.replace(config, num_hidden_layers=1)
-    return _expected(on_meta(lambda: Decoder(single)), config)
+def check_stored(folder: Path, stored: Quantization | None, wanted: Quantization | None) -> Quantization | None:
+    """How many bits a decoder shall have, given how many it has in its files.
+
+    Raises:
+        EmulusError: There is no such kind, or the files have another already.
+    """
+    kind = stored if wanted is None else check_kind(wanted)
+    if stored is not None and kind != stored:
+        raise EmulusError(f"{folder} is quantised already, in {stored}, so it cannot be {kind}; take the original")
+    return kind
+
+
+def expected_shapes(config: DecoderConfig, stored: Quantization | None = None) -> Shapes:
+    """The name and shape of every tensor that a decoder has on disk; nothing is allocated.
+
+    Args:
+        config: Its shape.
+        stored: How many bits its projections and head have there.
+    """
+    single = on_meta(lambda: Decoder(dataclasses.replace(config, num_hidden_layers=1)))
+    if stored is not None:
+        make_room(single, stored)
+    return _expected(single, config)
+
+
+def whole_names(config: DecoderConfig, kind: Quantization | None) -> list[str]:
+    """Names of the stored tensors that stay whole in a decoder of a kind."""
+    return [name for name in expected_shapes(config) if kind is None or kind_of(name, kind) is None]
+
+
+def source_of(name: str, config: DecoderConfig) -> str:
+    """The stored tensor that the matrix called ``name`` is made of: a tied head is made of the embedding."""
+    return "model.embed_tokens.weight" if _is_tied(name, config) else name
+
+
+def quantize_rows(layer: QuantizedLinear, stored: Stored, name: str, device: Place) -> None:
+    """Fill a quantised layer, still on the meta device, from a stored matrix, a few rows at a time.
+
+    Raises:
+        EmulusError: A weight is not finite, or the file is damaged.
+    """
+    layer.to_empty(device=place(device, name))
+    for start, rows in read_pieces(stored):
+        put_rows(layer, start, rows, name=f"{stored.file}: {name}")
+
+
+def _read_config(folder: Path) -> tuple[DecoderConfig, Quantization | None]:
+    path = folder / CONFIG
+    values = read_json(path)
+    try:
+        return read_config(values)
+    except EmulusError as error:
+        raise EmulusError(f"{path}: {error}") from None
+
+
+def _read_quantized(layer: QuantizedLinear, tensors: Tensors, name: str, device: Place) -> None:
+    for leaf, wanted in list(layer.named_buffers()):
+        stored = tensors[f"{name}.{leaf}"]
+        tensor = read_tensor(stored, device=place(device, name))
+        if tensor.dtype != wanted.dtype:
+            raise EmulusError(
+                f"{stored.file}: {stored.name} is of {tensor.dtype} and not {wanted.dtype}; restore it from its source"
+            )
+        setattr(layer, leaf, tensor)
 
 
 def _is_tied(name: str, config: DecoderConfig) -> bool:
-    return name == "lm_head.weight" and config.tie_word_embeddings
+    return name == HEAD and config.tie_word_embeddings
 
 
 def _expected(model: Decoder, config: DecoderConfig) -> dict[str, tuple[int, ...]]:

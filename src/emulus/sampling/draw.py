@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from emulus.kernels import native
+from emulus.device import numbers
+from emulus.kernels import gpu, native
 from emulus.sampling.filters import apply_temperature, top_k, top_p
 from emulus.sampling.guidance import apply_guidance
 from emulus.sampling.noise import gumbel
@@ -45,49 +47,57 @@ class Question:
 
 def choose(
     logits: Callable[[list[int], Ranges], Float[Tensor, "rows ids"]], questions: Sequence[Question]
-) -> list[int]:
+) -> Int64[Tensor, " questions"]:
     """Choose one id for every question.
 
     Args:
         logits: Gives logits of rows, of the ids of these ranges only.
-        questions: What is to be chosen; those of one kind are answered together.
+        questions: What is to be chosen, at least one; those of one kind are answered together.
 
     Returns:
-        The ids, in order.
+        The ids, in order, on the logits' device: the host need not wait for them.
     """
     groups: dict[object, list[int]] = {}
     for index, question in enumerate(questions):
         groups.setdefault(question.kind, []).append(index)
-    chosen = [0] * len(questions)
-    for indices in groups.values():
-        group = [questions[index] for index in indices]
-        for index, id in zip(indices, _answer(logits, group), strict=True):
-            chosen[index] = id
-    return chosen
+    answers = [_answer(logits, [questions[index] for index in indices]) for indices in groups.values()]
+    if len(answers) == 1:
+        return answers[0]
+    order = [index for indices in groups.values() for index in indices]
+    chosen = torch.cat(answers)
+    return torch.empty_like(chosen).index_copy_(0, numbers(order, chosen.device), chosen)
 
 
-def _answer(logits: Callable[[list[int], Ranges], Tensor], group: Sequence[Question]) -> list[int]:
+def _answer(logits: Callable[[list[int], Ranges], Tensor], group: Sequence[Question]) -> Tensor:
     """Answer questions of one kind."""
-    ranges, scale = group[0].ranges, group[0].params.guidance_scale
+    ranges, first = group[0].ranges, group[0].params
     null_rows = [question.null for question in group if question.null is not None]
     both = logits([question.cond for question in group] + null_rows, ranges)
     cond, null = both[: len(group)], both[len(group) :] if null_rows else None
-    params, positions = [question.params for question in group], [question.position for question in group]
-    if both.device.type == "cpu" and len(ranges) == 1 and params[0].top_p == 1 and native.available():
-        columns = native.choose(
-            cond,
-            null,
-            scale=scale,
-            temperature=params[0].temperature,
-            k=params[0].top_k,
-            seeds=torch.tensor([p.seed for p in params]),
-            positions=torch.tensor(positions),
-            first_id=ranges[0][0],
-        )
-        return (columns + ranges[0][0]).tolist()
-    guided = cond.float() if null is None else apply_guidance(cond, null, scale)
-    legal = torch.cat([torch.arange(start, stop, device=both.device) for start, stop in ranges])
-    return sample(guided, legal, params, positions)
+    kernels = _kernels(both.device) if len(ranges) == 1 and first.top_p == 1 else None
+    if kernels is None:
+        guided = cond.float() if null is None else apply_guidance(cond, null, first.guidance_scale)
+        legal = torch.cat([torch.arange(start, stop, device=both.device) for start, stop in ranges])
+        return sample(guided, legal, [question.params for question in group], [q.position for q in group])
+    start = ranges[0][0]
+    columns: Tensor = kernels.choose(
+        cond,
+        null,
+        scale=first.guidance_scale,
+        temperature=first.temperature,
+        k=first.top_k,
+        seeds=numbers([question.params.seed for question in group], both.device),
+        positions=numbers([question.position for question in group], both.device),
+        first_id=start,
+    )
+    return columns + start
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """Kernels that choose on this device, if there are."""
+    if device.type == "cuda":
+        return gpu if gpu.available() else None
+    return native if device.type == "cpu" and native.available() else None
 
 
 def sample(
@@ -95,8 +105,8 @@ def sample(
     ids: Int[Tensor, " ids"],
     params: Sequence[SamplingParams],
     positions: Sequence[int],
-) -> list[int]:
-    """Choose each row's next id.
+) -> Int64[Tensor, " batch"]:
+    """Choose each row's next id, in plain PyTorch.
 
     Temperature, then top-k, then top-p, then the largest of logits plus noise.
 
@@ -109,11 +119,11 @@ def sample(
     Returns:
         One id per row.
     """
-    chosen = torch.empty(len(params), dtype=torch.long, device=logits.device)
+    chosen = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     for setting, rows in _groups(params).items():
         part = logits[rows]
         chosen[rows] = ids[_choose(part, ids, setting, [params[r].seed for r in rows], [positions[r] for r in rows])]
-    return chosen.tolist()
+    return chosen
 
 
 def _groups(params: Sequence[SamplingParams]) -> dict[tuple[float, int, float], list[int]]:
@@ -137,5 +147,5 @@ def _choose(
         return logits.argmax(-1)
     kept = top_p(top_k(apply_temperature(logits, temperature), k), p)
     device = logits.device
-    noise = gumbel(torch.tensor(seeds, device=device), torch.tensor(positions, device=device), ids.expand(kept.shape))
+    noise = gumbel(numbers(seeds, device), numbers(positions, device), ids.expand(kept.shape))
     return (kept + noise).argmax(-1)

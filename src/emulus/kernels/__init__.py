@@ -1,0 +1,1 @@
+"""Small products, fast: kernels that stand in for plain PyTorch where few tokens meet many weights."""

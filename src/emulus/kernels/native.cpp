@@ -1,0 +1,1060 @@
+// Kernels for decoding on the CPU: few tokens, so that every weight is read once and memory bandwidth is the limit.
+//
+// Rule kept everywhere: what is computed for one token is added up in an order that depends on neither the number of
+// tokens, nor its neighbours, nor the number of threads. A product therefore has one accumulator of 16 lanes for each
+// (token, row), run through from the first input to the last, whatever block of tokens and rows it is part of.
+// -ffp-contract=off keeps the compiler from fusing what is not written as fma.
+//
+// V is 16 floats: one AVX-512 register, two AVX2 registers, or whatever the compiler makes of a vector.
+// EMULUS_AVX2 and EMULUS_PORTABLE choose the lesser ones on a machine that has more.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <utility>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
+    !defined(EMULUS_AVX2) && !defined(EMULUS_PORTABLE)
+#define LEVEL_512
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(EMULUS_PORTABLE)
+#define LEVEL_256
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+// ---------------------------------------------------------------------------------------------- 16 floats
+
+#if defined(LEVEL_512)
+
+using V = __m512;
+#define KEEP(x) asm("" : "+v"(x))
+
+INLINE V zero() { return _mm512_setzero_ps(); }
+INLINE V all(float x) { return _mm512_set1_ps(x); }
+INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE V load(const float* p, int count) { return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p); }
+INLINE void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+INLINE void store(float* p, V x, int count) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), x); }
+INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
+INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
+INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE V power_of_two(V n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+INLINE V from_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE float sum(V x) {
+    __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+#elif defined(LEVEL_256)
+
+struct V {
+    __m256 low, high;
+};
+
+INLINE V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE V all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void store(float* p, V x) {
+    _mm256_storeu_ps(p, x.low);
+    _mm256_storeu_ps(p + 8, x.high);
+}
+INLINE V add(V a, V b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+INLINE V sub(V a, V b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+INLINE V mul(V a, V b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+INLINE V div(V a, V b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+INLINE V max(V a, V b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+INLINE V min(V a, V b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+INLINE V fma(V a, V b, V c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+INLINE V round(V x) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.low, nearest), _mm256_round_ps(x.high, nearest)};
+}
+INLINE __m256 power_of_two(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE V power_of_two(V n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+INLINE __m256 eight_bf16(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE V from_bf16(const uint16_t* p) { return {eight_bf16(p), eight_bf16(p + 8)}; }
+INLINE float sum(V x) {
+    __m256 a = _mm256_add_ps(x.low, x.high);
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+#else
+
+// Vectors as GCC and Clang have them for every machine.
+typedef float V __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+template <class T>
+INLINE T take(const void* p) {
+    T result;
+    std::memcpy(&result, p, sizeof(T));
+    return result;
+}
+INLINE V zero() { return V{}; }
+INLINE V all(float x) { return V{} + x; }
+INLINE V load(const float* p) { return take<V>(p); }
+INLINE void store(float* p, V x) { std::memcpy(p, &x, sizeof x); }
+INLINE V add(V a, V b) { return a + b; }
+INLINE V sub(V a, V b) { return a - b; }
+INLINE V mul(V a, V b) { return a * b; }
+INLINE V div(V a, V b) { return a / b; }
+INLINE V max(V a, V b) { return a > b ? a : b; }
+INLINE V min(V a, V b) { return a < b ? a : b; }
+INLINE V fma(V a, V b, V c) {
+#if defined(__clang__) && __has_builtin(__builtin_elementwise_fma)
+    return __builtin_elementwise_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+INLINE V round(V x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 * 2**23 leaves no room for a fraction
+INLINE V power_of_two(V n) { return (V)((__builtin_convertvector(n, Ints) + 127) << 23); }
+INLINE V from_bf16(const uint16_t* p) { return (V)(__builtin_convertvector(take<Halves>(p), Bits) << 16); }
+INLINE float sum(V x) {
+    float part[16];
+    store(part, x);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i] + part[i + half];
+    return part[0];
+}
+
+#endif
+
+#if !defined(LEVEL_512)
+#define KEEP(x)
+INLINE V load(const float* p, int count) {
+    float part[16] = {};
+    std::memcpy(part, p, count * sizeof(float));
+    return load(part);
+}
+INLINE void store(float* p, V x, int count) {
+    float part[16];
+    store(part, x);
+    std::memcpy(p, part, count * sizeof(float));
+}
+#endif
+
+INLINE V from_bf16(const uint16_t* p, int count) {
+    uint16_t part[16] = {};
+    std::memcpy(part, p, count * sizeof(uint16_t));
+    return from_bf16(part);
+}
+INLINE V load(const uint16_t* p) { return from_bf16(p); }
+INLINE V load(const uint16_t* p, int count) { return from_bf16(p, count); }
+
+INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even; not a number stays so
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(uint16_t* p, float x) { *p = to_bf16(x); }
+
+INLINE float largest(V x) {
+    float part[16];
+    store(part, x);
+    return *std::max_element(part, part + 16);
+}
+
+// e**x to about one unit in the last place, for x in [-87, 88]; smaller and larger x give the ends' values.
+INLINE V exp(V x) {
+    x = min(max(x, all(-87.0f)), all(88.0f));
+    const V n = round(mul(x, all(1.44269504f)));
+    V r = fma(n, all(-0.693359375f), x);  // ln 2 in two parts
+    r = fma(n, all(2.12194440e-4f), r);
+    V p = all(1.9875691500e-4f);
+    p = fma(p, r, all(1.3981999507e-3f));
+    p = fma(p, r, all(8.3334519073e-3f));
+    p = fma(p, r, all(4.1665795894e-2f));
+    p = fma(p, r, all(1.6666665459e-1f));
+    p = fma(p, r, all(5.0000001201e-1f));
+    p = fma(p, mul(r, r), add(r, all(1.0f)));
+    return mul(p, power_of_two(n));
+}
+
+// The sums of 16 vectors in one.
+INLINE V sums(const V* a) {
+#if defined(LEVEL_512)
+    V four[4];
+    for (int i = 0; i < 4; i++) {
+        const V *b = a + 4 * i;
+        const V x = add(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
+        const V y = add(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3]));
+        const __m512d xd = _mm512_castps_pd(x), yd = _mm512_castps_pd(y);
+        four[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(xd, yd)), _mm512_castpd_ps(_mm512_unpackhi_pd(xd, yd)));
+    }
+    V two[2];
+    for (int i = 0; i < 2; i++)
+        two[i] = add(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                     _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+    return add(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+#else
+    float part[16];
+    for (int i = 0; i < 16; i++) part[i] = sum(a[i]);
+    return load(part);
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------- memory, threads
+
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Memory that is kept between calls, for each thread that calls.
+class Scratch {
+  public:
+    float* floats(int64_t count) {
+        const size_t bytes = (size_t)count * sizeof(float) + 64;
+        if (bytes > size_) {
+            memory_.reset(new char[bytes]);
+            size_ = bytes;
+        }
+        return (float*)(((uintptr_t)memory_.get() + 63) & ~(uintptr_t)63);
+    }
+
+  private:
+    std::unique_ptr<char[]> memory_;
+    size_t size_ = 0;
+};
+thread_local Scratch scratch;
+
+template <class F>
+void parallel(int64_t tasks, int threads, const F& run) {
+#ifdef _OPENMP
+    if (threads > 1 && tasks > 1) {
+        const int used = (int)std::min<int64_t>(threads, tasks);
+#pragma omp parallel for num_threads(used) schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) run(task);
+        return;
+    }
+#endif
+    (void)threads;
+    for (int64_t task = 0; task < tasks; task++) run(task);
+}
+
+// ---------------------------------------------------------------------------------------------- weights
+//
+// Weights are read in lines of 64 bytes. A format says how many vectors of 16 inputs a line gives, which inputs these
+// are (so that activations can be laid out alike), and how to get them from a line.
+
+#if defined(LEVEL_512)
+struct Line {
+    __m512i bits;
+};
+INLINE Line line(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+INLINE Line line(const uint8_t* p, int bytes) { return {_mm512_maskz_loadu_epi8(~0ull >> (64 - bytes), p)}; }
+#else
+struct Line {
+    alignas(64) uint8_t bytes[64];
+};
+INLINE Line line(const uint8_t* p) {
+    Line result;
+    std::memcpy(result.bytes, p, 64);
+    return result;
+}
+INLINE Line line(const uint8_t* p, int bytes) {
+    Line result = {};
+    std::memcpy(result.bytes, p, bytes);
+    return result;
+}
+#endif
+
+struct Float32 {
+    static constexpr int vectors = 1;
+    static constexpr bool grouped = false;
+    const uint8_t* rows;
+    int64_t row_bytes;
+    static constexpr int input(int, int lane) { return lane; }
+    static INLINE V get(const Line& w, int) {
+#if defined(LEVEL_512)
+        return _mm512_castsi512_ps(w.bits);
+#else
+        return load((const float*)w.bytes);
+#endif
+    }
+    INLINE float finish(int64_t, float total) const { return total; }
+};
+
+// Two neighbours share 32 bits: the first vector of a line holds the even inputs, the second the odd ones.
+struct BFloat16 {
+    static constexpr int vectors = 2;
+    static constexpr bool grouped = false;
+    const uint8_t* rows;
+    int64_t row_bytes;
+    static constexpr int input(int vector, int lane) { return 2 * lane + vector; }
+    static INLINE V get(const Line& w, int vector) {
+#if defined(LEVEL_512)
+        return _mm512_castsi512_ps(vector ? _mm512_and_si512(w.bits, _mm512_set1_epi32((int)0xffff0000))
+                                          : _mm512_slli_epi32(w.bits, 16));
+#elif defined(LEVEL_256)
+        __m256i low = _mm256_load_si256((const __m256i*)w.bytes), high = _mm256_load_si256((const __m256i*)w.bytes + 1);
+        const __m256i mask = _mm256_set1_epi32((int)0xffff0000);
+        low = vector ? _mm256_and_si256(low, mask) : _mm256_slli_epi32(low, 16);
+        high = vector ? _mm256_and_si256(high, mask) : _mm256_slli_epi32(high, 16);
+        return {_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)};
+#else
+        const Bits pairs = take<Bits>(w.bytes);
+        return (V)(vector ? pairs & 0xffff0000u : pairs << 16);
+#endif
+    }
+    INLINE float finish(int64_t, float total) const { return total; }
+};
+
+struct Int8 {
+    static constexpr int vectors = 4;
+    static constexpr bool grouped = false;
+    const uint8_t* rows;
+    int64_t row_bytes;
+    const float* scale;
+    static constexpr int input(int vector, int lane) { return 16 * vector + lane; }
+    static INLINE V get(const Line& w, int vector) {
+#if defined(LEVEL_512)
+        __m128i part = _mm512_castsi512_si128(w.bits);
+        if (vector == 1) part = _mm512_extracti32x4_epi32(w.bits, 1);
+        if (vector == 2) part = _mm512_extracti32x4_epi32(w.bits, 2);
+        if (vector == 3) part = _mm512_extracti32x4_epi32(w.bits, 3);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part));
+#elif defined(LEVEL_256)
+        const __m128i part = _mm_load_si128((const __m128i*)w.bytes + vector);
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(part, 8)))};
+#else
+        return __builtin_convertvector(take<Bytes>(w.bytes + 16 * vector), V);
+#endif
+    }
+    INLINE float finish(int64_t row, float total) const { return total * scale[row]; }
+};
+
+// A lane holds 8 neighbours in 32 bits; lanes 0-7 are one group of 64 inputs, lanes 8-15 the next.
+// weight = low + scale * q, so a group adds scale * sum(q * x) + low * sum(x).
+struct Int4 {
+    static constexpr int vectors = 8;
+    static constexpr bool grouped = true;
+    const uint8_t* rows;
+    int64_t row_bytes;
+    const uint16_t *scale, *low;
+    int64_t groups;
+    static constexpr int input(int vector, int lane) { return 8 * lane + vector; }
+    static INLINE V get(const Line& w, int vector) {
+#if defined(LEVEL_512)
+        const V table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(w.bits, 4 * vector), table);
+#elif defined(LEVEL_256)
+        const __m256i low = _mm256_load_si256((const __m256i*)w.bytes), mask = _mm256_set1_epi32(15);
+        const __m256i high = _mm256_load_si256((const __m256i*)w.bytes + 1);
+        return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(low, 4 * vector), mask)),
+                _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(high, 4 * vector), mask))};
+#else
+        return __builtin_convertvector((take<Bits>(w.bytes) >> (4 * vector)) & 15u, V);
+#endif
+    }
+    // The values of two neighbouring groups, each in its lanes.
+    static INLINE V two(const uint16_t* p, bool both) {
+        uint32_t bits = p[0];
+        if (both) std::memcpy(&bits, p, 4);
+#if defined(LEVEL_512)
+        const __m512i shifts = _mm512_setr_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0);
+        const __m512i moved = _mm512_sllv_epi32(_mm512_set1_epi32((int)bits), shifts);
+        return _mm512_castsi512_ps(_mm512_and_si512(moved, _mm512_set1_epi32((int)0xffff0000)));
+#else
+        const uint32_t first = bits << 16, second = bits & 0xffff0000;
+        float a, b;
+        std::memcpy(&a, &first, 4);
+        std::memcpy(&b, &second, 4);
+#if defined(LEVEL_256)
+        return {_mm256_set1_ps(a), _mm256_set1_ps(b)};
+#else
+        const V one{1, 1, 1, 1, 1, 1, 1, 1};
+        return one * a + (1.0f - one) * b;
+#endif
+#endif
+    }
+    INLINE float finish(int64_t, float total) const { return total; }
+};
+
+// ---------------------------------------------------------------------------------------------- products
+
+// Tokens of a block at most, and rows of a block: as many as have room for their totals in the registers.
+#if defined(LEVEL_512)
+template <class W>
+constexpr int most_tokens = W::grouped ? 6 : 8;
+constexpr int USUAL_TOKENS = 6;
+template <class W>
+constexpr int block_rows(int tokens) {
+    return tokens > (W::grouped ? 2 : 6) ? 2 : 4;
+}
+#else
+template <class W>
+constexpr int most_tokens = 3;
+constexpr int USUAL_TOKENS = 3;
+template <class W>
+constexpr int block_rows(int tokens) {
+    return tokens == 1 && !W::grouped ? 4 : 2;
+}
+#endif
+
+// Vectors of packed activations that a token has in each line; grouped weights need the sums of the others as well.
+template <class W>
+constexpr int packed_vectors = W::vectors + (W::grouped ? 1 : 0);
+
+// Lay activations out as a block of tokens reads them: line by line, vector by vector, token by token.
+template <class W>
+void pack(const float* x, int64_t x_stride, int64_t in, int64_t lines, int64_t tokens, float* packed) {
+    constexpr int per_line = 16 * W::vectors;
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* from = x + t * x_stride;
+        for (int64_t l = 0; l < lines; l++) {
+            float part[per_line] = {};
+            const float* inputs = from + l * per_line;
+            if (in - l * per_line < per_line) {
+                std::memcpy(part, inputs, (in - l * per_line) * sizeof(float));
+                inputs = part;
+            }
+            float* to = packed + (l * packed_vectors<W> * tokens + t) * 16;
+            for (int v = 0; v < W::vectors; v++)
+                for (int i = 0; i < 16; i++) to[v * tokens * 16 + i] = inputs[W::input(v, i)];
+            if constexpr (W::grouped) {
+                V total = zero();
+                for (int v = 0; v < W::vectors; v++) total = add(total, load(to + v * tokens * 16));
+                store(to + W::vectors * tokens * 16, total);
+            }
+        }
+    }
+}
+
+// A loop that is unrolled whatever the optimiser thinks, so that arrays of vectors stay in registers.
+template <class F, int... I>
+INLINE void unroll(const F& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int COUNT, class F>
+INLINE void each(const F& f) {
+    unroll(f, std::make_integer_sequence<int, COUNT>());
+}
+
+template <int ROWS, int TOKENS>
+struct Totals {
+    V of[ROWS][TOKENS];
+};
+
+// Rows times tokens for one vector of inputs. Each vector is loaded once and kept in its register: compilers would put
+// the load into every multiplication, and so many loads leave the cache no time to take in new lines.
+template <class W, int ROWS, int TOKENS, class F>
+INLINE void add_vector(const Line* lines, const float* x, int vector, const F& add_product) {
+    V weights[ROWS];
+    each<ROWS>([&](auto r) INLINE_LAMBDA { weights[r] = W::get(lines[r], vector); });
+    each<TOKENS>([&](auto t) INLINE_LAMBDA {
+        V inputs = load(x + (vector * TOKENS + t) * 16);
+        KEEP(inputs);
+        each<ROWS>([&](auto r) INLINE_LAMBDA { add_product(r, t, weights[r], inputs); });
+    });
+}
+
+template <class W, int ROWS, int TOKENS>
+INLINE void add_lines(const W& w, int64_t row, int64_t l, const Line* lines, const float* x,
+                      Totals<ROWS, TOKENS>& totals) {
+    if constexpr (W::grouped) {
+        Totals<ROWS, TOKENS> parts;
+        each<W::vectors>([&](auto v) INLINE_LAMBDA {
+            add_vector<W, ROWS, TOKENS>(lines, x, v, [&](auto r, auto t, V weights, V inputs) INLINE_LAMBDA {
+                parts.of[r][t] = v == 0 ? mul(weights, inputs) : fma(weights, inputs, parts.of[r][t]);
+            });
+        });
+        const bool both = 2 * l + 1 < w.groups;
+        each<ROWS>([&](auto r) INLINE_LAMBDA {
+            const int64_t group = (row + r) * w.groups + 2 * l;
+            const V scale = W::two(w.scale + group, both), low = W::two(w.low + group, both);
+            each<TOKENS>([&](auto t) INLINE_LAMBDA {
+                V& total = totals.of[r][t];
+                total = fma(load(x + (W::vectors * TOKENS + t) * 16), low, fma(parts.of[r][t], scale, total));
+            });
+        });
+    } else {
+        each<W::vectors>([&](auto v) INLINE_LAMBDA {
+            add_vector<W, ROWS, TOKENS>(lines, x, v, [&](auto r, auto t, V weights, V inputs) INLINE_LAMBDA {
+                totals.of[r][t] = fma(weights, inputs, totals.of[r][t]);
+            });
+        });
+    }
+}
+
+// A block of rows times a block of tokens. `ahead`: the part of the next rows to be fetched meanwhile.
+template <class W, int ROWS, int TOKENS>
+void block(const W& w, int64_t row, const float* x, float* y, int64_t y_stride, const uint8_t* ahead, int fetches) {
+    Totals<ROWS, TOKENS> totals;
+    each<ROWS>([&](auto r) INLINE_LAMBDA {
+        each<TOKENS>([&](auto t) INLINE_LAMBDA { totals.of[r][t] = zero(); });
+    });
+    const uint8_t* rows = w.rows + row * w.row_bytes;
+    const int64_t whole = w.row_bytes / 64;
+    Line lines[ROWS];
+    for (int64_t l = 0; l < whole; l++) {
+        for (int i = 0; i < fetches; i++, ahead += 64) prefetch(ahead);
+        each<ROWS>([&](auto r) INLINE_LAMBDA { lines[r] = line(rows + r * w.row_bytes + l * 64); });
+        add_lines<W, ROWS, TOKENS>(w, row, l, lines, x, totals);
+        x += packed_vectors<W> * TOKENS * 16;
+    }
+    if (const int rest = (int)(w.row_bytes % 64)) {
+        each<ROWS>([&](auto r) INLINE_LAMBDA { lines[r] = line(rows + r * w.row_bytes + whole * 64, rest); });
+        add_lines<W, ROWS, TOKENS>(w, row, whole, lines, x, totals);
+    }
+    each<ROWS>([&](auto r) INLINE_LAMBDA {
+        each<TOKENS>([&](auto t) INLINE_LAMBDA {
+            y[t * y_stride + row + r] = w.finish(row + r, sum(totals.of[r][t]));
+        });
+    });
+}
+
+template <class W>
+using Block = void (*)(const W&, int64_t, const float*, float*, int64_t, const uint8_t*, int);
+
+template <class W, int TOKENS>
+Block<W> block_of(int64_t tokens, bool one_row) {
+    if (tokens == TOKENS) return one_row ? block<W, 1, TOKENS> : block<W, block_rows<W>(TOKENS), TOKENS>;
+    if constexpr (TOKENS > 1) return block_of<W, TOKENS - 1>(tokens, one_row);
+    return nullptr;
+}
+
+// Rows of weights that are gone through with all tokens before the next, so that they stay in the second cache.
+constexpr int64_t CHUNK_BYTES = 192 * 1024;
+// Tokens that go through a chunk together, for the same reason.
+constexpr int64_t TOGETHER = 48;
+
+template <class W>
+void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in, int64_t out, float* y, int threads) {
+    const int64_t lines = (w.row_bytes + 63) / 64, size = lines * packed_vectors<W> * 16;
+    const int64_t blocks = n <= most_tokens<W> ? std::min<int64_t>(n, 1) : (n + USUAL_TOKENS - 1) / USUAL_TOKENS;
+    // Blocks of nearly equal size: 7 tokens as 4 and 3, not 6 and 1.
+    const auto first = [=](int64_t b) { return b * n / blocks; };
+    float* packed = scratch.floats(n * size);
+    for (int64_t b = 0; b < blocks; b++)
+        pack<W>(x + first(b) * x_stride, x_stride, in, lines, first(b + 1) - first(b), packed + first(b) * size);
+
+    int64_t chunk = std::max<int64_t>(CHUNK_BYTES / w.row_bytes, 4);
+    chunk = std::min(chunk, std::max<int64_t>(out / (4 * (int64_t)threads), 16)) / 4 * 4;
+    parallel((out + chunk - 1) / chunk, threads, [&](int64_t task) {
+        const int64_t begin = task * chunk, end = std::min(out, begin + chunk);
+        constexpr int64_t step = TOGETHER / USUAL_TOKENS;
+        for (int64_t b0 = 0; b0 < blocks; b0 += step) {
+            const int64_t b1 = std::min(blocks, b0 + step);
+            for (int64_t row = begin; row < end;) {
+                const int64_t rows = std::min<int64_t>(4, end - row);
+                // The rows after these are fetched meanwhile, a share of them in each block of tokens.
+                const int64_t share = (rows * lines + b1 - b0 - 1) / (b1 - b0);
+                for (int64_t b = b0; b < b1; b++) {
+                    const int64_t tokens = first(b + 1) - first(b);
+                    const int at_once = block_rows<W>((int)tokens);
+                    const int64_t steps = lines * ((rows + at_once - 1) / at_once);
+                    const int fetches = b0 ? 0 : (int)((share + steps - 1) / steps);
+                    const float* from = packed + first(b) * size;
+                    float* to = y + first(b) * out;
+                    const uint8_t* ahead = w.rows + (row + rows) * w.row_bytes + (b - b0) * share * 64;
+                    for (int64_t r = row; r < row + rows;) {
+                        const bool one = r + at_once > row + rows;
+                        block_of<W, most_tokens<W>>(tokens, one)(w, r, from, to, out, ahead, fetches);
+                        ahead += fetches * lines * 64;
+                        r += one ? 1 : at_once;
+                    }
+                }
+                row += rows;
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------- attention
+
+// Slots whose weights are taken relative to one maximum. Their parts are put together in order, so that it does not
+// matter who computed them.
+constexpr int64_t SPAN = 512;
+constexpr int MOST_HEADS = 8;
+constexpr int MOST_WIDTH = 256;
+
+struct Lanes {
+    const int64_t *base, *capacity, *position, *ready;
+    int64_t kv_heads, width, layer;
+    template <class T>
+    INLINE T* values(int64_t token, int64_t kind, int64_t head) const {
+        return (T*)base[token] + ((layer * 2 + kind) * kv_heads + head) * capacity[token] * width;
+    }
+};
+
+// Of some slots: the largest score, the sum of weights relative to it, and the weighted sum of the values.
+struct Part {
+    float largest, total;
+    float* values;
+};
+
+INLINE void merge(Part& into, const Part& from, int64_t width) {
+    if (from.largest == MINUS_INFINITY) return;  // nothing there that may be seen
+    const float both = std::max(into.largest, from.largest);
+    float scale[16] = {into.largest - both, from.largest - both};
+    const bool first = into.largest == MINUS_INFINITY;
+    store(scale, exp(load(scale)));
+    const V a = all(first ? 0.0f : scale[0]), b = all(scale[1]);
+    into.largest = both;
+    into.total = first ? from.total * scale[1] : into.total * scale[0] + from.total * scale[1];
+    for (int64_t i = 0; i < width; i += 16)
+        store(into.values + i, fma(load(into.values + i), a, mul(load(from.values + i), b)));
+}
+
+// VECTORS: of a head; 0 where that is known only now.
+template <class T, int VECTORS>
+INLINE void score(const T* keys, int64_t width, int64_t vectors, const float* q, int count, float* scores) {
+    if constexpr (VECTORS > 0) vectors = VECTORS;
+    V totals[16];
+    for (int s = 0; s < 16; s++) {
+        const T* key = keys + std::min(s, count - 1) * width;
+        V total = zero();
+        if constexpr (VECTORS > 0) {
+#pragma GCC unroll 16
+            for (int i = 0; i < VECTORS; i++) total = fma(load(q + i * 16), load(key + i * 16), total);
+        } else {
+            for (int64_t i = 0; i < vectors; i++) {
+                const int left = (int)std::min<int64_t>(16, width - i * 16);
+                total = fma(load(q + i * 16), left < 16 ? load(key + i * 16, left) : load(key + i * 16), total);
+            }
+        }
+        totals[s] = total;
+    }
+    store(scores, sums(totals));
+}
+
+template <class T, int VECTORS>
+INLINE void weigh(const T* values, int64_t width, int64_t vectors, const float* weights, int64_t count,
+                  const uint8_t* seen, float* result) {
+    if constexpr (VECTORS > 0) {
+        V totals[VECTORS];
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTORS; i++) totals[i] = load(result + i * 16);
+        for (int64_t s = 0; s < count; s++) {
+            if (seen && !seen[s]) continue;  // what lies there may be anything
+            const V weight = all(weights[s]);
+#pragma GCC unroll 16
+            for (int i = 0; i < VECTORS; i++) totals[i] = fma(weight, load(values + s * width + i * 16), totals[i]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VECTORS; i++) store(result + i * 16, totals[i]);
+    } else {
+        for (int64_t s = 0; s < count; s++) {
+            if (seen && !seen[s]) continue;
+            const V weight = all(weights[s]);
+            for (int64_t i = 0; i < vectors; i++) {
+                const T* p = values + s * width + i * 16;
+                const int left = (int)std::min<int64_t>(16, width - i * 16);
+                const V value = left < 16 ? load(p, left) : load(p);
+                store(result + i * 16, fma(weight, value, load(result + i * 16)));
+            }
+        }
+    }
+}
+
+// Attention of some query heads, which share keys and values, over the slots from `begin` to before `end`.
+template <class T, int VECTORS>
+void attend_span(const Lanes& lanes, int64_t token, int64_t kv_head, const float* q, int heads, int64_t begin,
+                 int64_t end, Part* parts) {
+    const int64_t width = lanes.width, vectors = (width + 15) / 16, padded = vectors * 16, count = end - begin;
+    const T* keys = lanes.values<T>(token, 0, kv_head) + begin * width;
+    const T* values = lanes.values<T>(token, 1, kv_head) + begin * width;
+    alignas(64) float scores[MOST_HEADS][SPAN];
+    uint8_t seen[SPAN];
+    const bool watched = lanes.ready && lanes.ready[token];
+    if (watched) {
+        std::memcpy(seen, (const uint8_t*)lanes.ready[token] + begin, count);
+        if (lanes.position[token] < end) seen[lanes.position[token] - begin] = 1;
+    }
+    for (int64_t s = 0; s < count; s += 16) {
+        const int some = (int)std::min<int64_t>(16, count - s);
+        for (int h = 0; h < heads; h++)
+            score<T, VECTORS>(keys + s * width, width, vectors, q + h * padded, some, scores[h] + s);
+    }
+    const int64_t filled = (count + 15) / 16 * 16;
+    for (int h = 0; h < heads; h++) {
+        for (int64_t s = count; s < filled; s++) scores[h][s] = MINUS_INFINITY;
+        if (watched)
+            for (int64_t s = 0; s < count; s++)
+                if (!seen[s]) scores[h][s] = MINUS_INFINITY;
+        V most = all(MINUS_INFINITY);
+        for (int64_t s = 0; s < filled; s += 16) most = max(most, load(scores[h] + s));
+        parts[h].largest = largest(most);
+        std::fill(parts[h].values, parts[h].values + padded, 0.0f);
+        if (parts[h].largest == MINUS_INFINITY) continue;
+        const V by = all(parts[h].largest);
+        V total = zero();
+        for (int64_t s = 0; s < filled; s += 16) {
+            const V weights = exp(sub(load(scores[h] + s), by));
+            store(scores[h] + s, weights);
+        }
+        for (int64_t s = count; s < filled; s++) scores[h][s] = 0;
+        if (watched)
+            for (int64_t s = 0; s < count; s++)
+                if (!seen[s]) scores[h][s] = 0;
+        for (int64_t s = 0; s < filled; s += 16) total = add(total, load(scores[h] + s));
+        parts[h].total = sum(total);
+    }
+    for (int64_t s = 0; s < count; s += 64)
+        for (int h = 0; h < heads; h++)
+            if (parts[h].largest != MINUS_INFINITY)
+                weigh<T, VECTORS>(values + s * width, width, vectors, scores[h] + s, std::min<int64_t>(64, count - s),
+                                  watched ? seen + s : nullptr, parts[h].values);
+}
+
+template <class T, int VECTORS>
+void attend(const Lanes& lanes, const float* q, int64_t q_stride, int64_t n, int64_t heads, float* y, int threads) {
+    const int64_t width = lanes.width, padded = (width + 15) / 16 * 16, group = heads / lanes.kv_heads;
+    const int64_t sets = (group + MOST_HEADS - 1) / MOST_HEADS, pairs = n * lanes.kv_heads * sets;
+    const float root = (float)(1.0 / std::sqrt((double)width));
+    int64_t spans = 1;
+    for (int64_t t = 0; t < n; t++) spans = std::max(spans, lanes.position[t] / SPAN + 1);
+
+    // The heads of one (token, kv head), at most MOST_HEADS at a time.
+    struct Heads {
+        int64_t token, kv_head, first;
+        int count;
+    };
+    const auto heads_of = [=](int64_t pair) {
+        const int64_t set = pair % sets, kv_head = pair / sets % lanes.kv_heads;
+        const int64_t first = set * MOST_HEADS;
+        return Heads{pair / sets / lanes.kv_heads, kv_head, kv_head * group + first,
+                     (int)std::min<int64_t>(MOST_HEADS, group - first)};
+    };
+    const auto run_span = [=](const Heads& h, int64_t span, Part* parts) {
+        alignas(64) float scaled[MOST_HEADS * MOST_WIDTH];
+        for (int i = 0; i < h.count; i++)
+            for (int64_t d = 0; d < padded; d++)
+                scaled[i * padded + d] = d < width ? q[h.token * q_stride + (h.first + i) * width + d] * root : 0.0f;
+        const int64_t end = std::min(lanes.position[h.token] + 1, (span + 1) * SPAN);
+        attend_span<T, VECTORS>(lanes, h.token, h.kv_head, scaled, h.count, span * SPAN, end, parts);
+    };
+    const auto finish = [=](const Heads& h, const Part* parts) {
+        for (int i = 0; i < h.count; i++) {
+            const float by = 1.0f / parts[i].total;
+            float* to = y + (h.token * heads + h.first + i) * width;
+            for (int64_t d = 0; d < width; d++) to[d] = parts[i].values[d] * by;
+        }
+    };
+
+    if (threads <= 1 || spans == 1 || pairs >= 4 * (int64_t)threads) {
+        parallel(pairs, threads, [&](int64_t pair) {
+            const Heads h = heads_of(pair);
+            alignas(64) float sums[MOST_HEADS * MOST_WIDTH] = {}, values[MOST_HEADS * MOST_WIDTH];
+            Part whole[MOST_HEADS], parts[MOST_HEADS];
+            for (int i = 0; i < h.count; i++) {
+                whole[i] = {MINUS_INFINITY, 0, sums + i * padded};
+                parts[i] = {MINUS_INFINITY, 0, values + i * padded};
+            }
+            for (int64_t span = 0; span <= lanes.position[h.token] / SPAN; span++) {
+                run_span(h, span, parts);
+                for (int i = 0; i < h.count; i++) merge(whole[i], parts[i], padded);
+            }
+            finish(h, whole);
+        });
+        return;
+    }
+    // Few heads and many threads: the spans of a head are computed apart, then put together in the same order.
+    const int64_t size = padded + 16;
+    float* memory = scratch.floats(pairs * spans * MOST_HEADS * size);
+    const auto part = [=](int64_t pair, int64_t span, int i) {
+        return memory + ((pair * spans + span) * MOST_HEADS + i) * size;
+    };
+    parallel(pairs * spans, threads, [&](int64_t task) {
+        const int64_t pair = task / spans, span = task % spans;
+        const Heads h = heads_of(pair);
+        if (span > lanes.position[h.token] / SPAN) return;
+        Part parts[MOST_HEADS];
+        for (int i = 0; i < h.count; i++) parts[i] = {MINUS_INFINITY, 0, part(pair, span, i)};
+        run_span(h, span, parts);
+        for (int i = 0; i < h.count; i++) {
+            parts[i].values[padded] = parts[i].largest;
+            parts[i].values[padded + 1] = parts[i].total;
+        }
+    });
+    parallel(pairs, threads, [&](int64_t pair) {
+        const Heads h = heads_of(pair);
+        alignas(64) float sums[MOST_HEADS * MOST_WIDTH] = {};
+        Part whole[MOST_HEADS];
+        for (int i = 0; i < h.count; i++) {
+            whole[i] = {MINUS_INFINITY, 0, sums + i * padded};
+            for (int64_t span = 0; span <= lanes.position[h.token] / SPAN; span++) {
+                float* values = part(pair, span, i);
+                merge(whole[i], Part{values[padded], values[padded + 1], values}, padded);
+            }
+        }
+        finish(h, whole);
+    });
+}
+
+// Turn each pair (i, i + width / 2) by its angle. Rounded after each step, as PyTorch does it.
+template <class T>
+INLINE void rotate(const float* x, const float* cos, const float* sin, int64_t width, T* to) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        put(to + i, x[i] * cos[i] + -x[i + half] * sin[i]);
+        put(to + i + half, x[i + half] * cos[i + half] + x[i] * sin[i + half]);
+    }
+}
+
+template <class T>
+void rotate_and_store(const Lanes& lanes, const float* const* qkv, const int64_t* strides, int64_t n, int64_t heads,
+                      const float* cos, const float* sin, float* rotated) {
+    const int64_t width = lanes.width;
+    for (int64_t t = 0; t < n; t++) {
+        const float *c = cos + t * width, *s = sin + t * width;
+        for (int64_t h = 0; h < heads; h++)
+            rotate(qkv[0] + t * strides[0] + h * width, c, s, width, rotated + (t * heads + h) * width);
+        for (int64_t h = 0; h < lanes.kv_heads; h++) {
+            const float* v = qkv[2] + t * strides[2] + h * width;
+            rotate(qkv[1] + t * strides[1] + h * width, c, s, width,
+                   lanes.values<T>(t, 0, h) + lanes.position[t] * width);
+            T* to = lanes.values<T>(t, 1, h) + lanes.position[t] * width;
+            for (int64_t i = 0; i < width; i++) put(to + i, v[i]);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- choosing
+
+constexpr uint64_t STEP = 0x9E3779B97F4A7C15ull;
+
+INLINE uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+INLINE float uniform(uint64_t key, int64_t id) {
+    const uint32_t bits = (uint32_t)(mix(key + (uint64_t)id * STEP) >> 32);
+    return std::min((float)(((double)bits + 0.5) / 4294967296.0), 1.0f - 0x1p-24f);
+}
+
+INLINE int32_t ordered(float x) {  // integers that compare as the floats do
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// A value that exactly the k largest reach (with what ties with the last of them): halve the range, and count.
+float kth_largest(const float* x, int64_t size, int64_t k) {
+    int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+    for (int64_t i = 0; i < size; i++) {
+        low = std::min(low, ordered(x[i]));
+        high = std::max(high, ordered(x[i]));
+    }
+    while (low < high) {  // `low` is reached by at least k, what lies above `high` by fewer
+        const int32_t middle = (int32_t)(((int64_t)low + high + 1) >> 1);
+        int32_t count = 0;
+        for (int64_t i = 0; i < size; i++) count += ordered(x[i]) >= middle;
+        if (count >= k) low = middle;
+        else high = middle - 1;
+        if (count == k) break;
+    }
+    const int32_t bits = low ^ ((low >> 31) & 0x7fffffff);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// The column whose value plus noise is largest. -log(u) is never below the noise of a uniform u, and the bits of u give
+// a bound of it; the few columns that could still win are computed exactly.
+int64_t noised(const float* x, const int32_t* columns, int64_t size, uint64_t key, int64_t first_id) {
+    constexpr int64_t SOME = 256;
+    float best = MINUS_INFINITY, bounds[SOME], uniforms[SOME];
+    int64_t chosen = columns ? columns[0] : 0;
+    for (int64_t begin = 0; begin < size; begin += SOME) {
+        const int64_t count = std::min(SOME, size - begin);
+        if (columns)
+            for (int64_t i = 0; i < count; i++) uniforms[i] = uniform(key, first_id + columns[begin + i]);
+        else
+            for (int64_t i = 0; i < count; i++) uniforms[i] = uniform(key, first_id + begin + i);
+        for (int64_t i = 0; i < count; i++) {
+            int32_t bits;
+            std::memcpy(&bits, &uniforms[i], 4);
+            bounds[i] = x[begin + i] + (0.6931473f * (127.0f - (float)bits * 0x1p-23f) + 1e-4f);
+        }
+        for (int64_t i = 0; i < count; i++) {
+            if (bounds[i] < best) continue;
+            const float value = x[begin + i] + -std::log(-std::log1p(-uniforms[i]));
+            if (value > best) {
+                best = value;
+                chosen = columns ? columns[begin + i] : begin + i;
+            }
+        }
+    }
+    return chosen;
+}
+
+struct Choice {
+    const float *cond, *null;
+    int64_t cond_stride, null_stride, size;
+    float scale, temperature;
+    int64_t k;
+    const int64_t *seeds, *positions;
+    int64_t first_id;
+};
+
+int64_t choose(const Choice& c, int64_t row, float* memory) {
+    const float *cond = c.cond + row * c.cond_stride, *null = c.null ? c.null + row * c.null_stride : nullptr;
+    const float* x = cond;
+    if (null) {
+        for (int64_t i = 0; i < c.size; i++) memory[i] = null[i] + c.scale * (cond[i] - null[i]);
+        x = memory;
+    }
+    if (c.temperature == 0) return std::max_element(x, x + c.size) - x;
+    for (int64_t i = 0; i < c.size; i++) memory[i] = x[i] / c.temperature;
+    const uint64_t key = mix(mix((uint64_t)c.seeds[row] + STEP) ^ (uint64_t)c.positions[row]);
+    if (c.k <= 0 || c.k >= c.size) return noised(memory, nullptr, c.size, key, c.first_id);
+    const float least = kth_largest(memory, c.size, c.k);
+    int32_t* columns = (int32_t*)(memory + c.size);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < c.size; i++) {
+        const float value = memory[i];
+        columns[kept] = (int32_t)i;
+        memory[kept] = value;
+        kept += value >= least;
+    }
+    return noised(memory, columns, kept, key, c.first_id);
+}
+
+// Memory that cannot be had is the one thing that can go wrong in here.
+template <class F>
+int guard(const F& run) {
+    try {
+        run();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------- what Python calls
+
+extern "C" {
+
+int emulus_interface() { return 1; }
+
+int emulus_linear(const float* x, int64_t n, int64_t x_stride, int64_t in, const void* weight, int bf16, int64_t out,
+                  float* y, int threads) {
+    const uint8_t* rows = (const uint8_t*)weight;
+    return guard([=] {
+        if (bf16) product(BFloat16{rows, in * 2}, x, n, x_stride, in, out, y, threads);
+        else product(Float32{rows, in * 4}, x, n, x_stride, in, out, y, threads);
+    });
+}
+
+int emulus_linear_int8(const float* x, int64_t n, int64_t x_stride, int64_t in, const void* q, const float* scale,
+                       int64_t out, float* y, int threads) {
+    return guard([=] { product(Int8{(const uint8_t*)q, in, scale}, x, n, x_stride, in, out, y, threads); });
+}
+
+int emulus_linear_int4(const float* x, int64_t n, int64_t x_stride, int64_t in, const void* q, const uint16_t* scale,
+                       const uint16_t* low, int64_t groups, int64_t out, float* y, int threads) {
+    const Int4 w{(const uint8_t*)q, groups * 32, scale, low, groups};
+    return guard([=] { product(w, x, n, x_stride, in, out, y, threads); });
+}
+
+void emulus_rms_norm(const float* x, int64_t n, int64_t x_stride, int64_t size, const void* weight, int bf16, float eps,
+                     float* y) {
+    for (int64_t t = 0; t < n; t++) {
+        const float* from = x + t * x_stride;
+        float* to = y + t * size;
+        const int64_t whole = size / 16 * 16;
+        const int rest = (int)(size - whole);
+        V squares = zero();
+        for (int64_t i = 0; i < whole; i += 16) squares = fma(load(from + i), load(from + i), squares);
+        if (rest) squares = fma(load(from + whole, rest), load(from + whole, rest), squares);
+        const V by = all(1.0f / std::sqrt(sum(squares) / (float)size + eps));
+        const auto weights = [=](int64_t i, int count) {
+            if (bf16) return from_bf16((const uint16_t*)weight + i, count);
+            return load((const float*)weight + i, count);
+        };
+        for (int64_t i = 0; i < whole; i += 16) store(to + i, mul(weights(i, 16), mul(load(from + i), by)));
+        if (rest) store(to + whole, mul(weights(whole, rest), mul(load(from + whole, rest), by)), rest);
+    }
+}
+
+void emulus_silu_mul(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t n,
+                     int64_t size, float* y) {
+    for (int64_t t = 0; t < n; t++) {
+        const float *g = gate + t * gate_stride, *u = up + t * up_stride;
+        float* to = y + t * size;
+        for (int64_t i = 0; i < size; i += 16) {
+            const int count = (int)std::min<int64_t>(16, size - i);
+            const V x = load(g + i, count);
+            store(to + i, mul(div(x, add(all(1.0f), exp(sub(zero(), x)))), load(u + i, count)), count);
+        }
+    }
+}
+
+void emulus_rotate_and_store(const float* q, const float* k, const float* v, const int64_t* strides, int64_t n,
+                             int64_t heads, const float* cos, const float* sin, const int64_t* base,
+                             const int64_t* capacity, const int64_t* position, int bf16, int64_t kv_heads,
+                             int64_t width, int64_t layer, float* rotated) {
+    const Lanes lanes{base, capacity, position, nullptr, kv_heads, width, layer};
+    const float* qkv[3] = {q, k, v};
+    if (bf16) rotate_and_store<uint16_t>(lanes, qkv, strides, n, heads, cos, sin, rotated);
+    else rotate_and_store<float>(lanes, qkv, strides, n, heads, cos, sin, rotated);
+}
+
+int emulus_attend(const float* q, int64_t q_stride, int64_t n, int64_t heads, const int64_t* base,
+                  const int64_t* capacity, const int64_t* position, const int64_t* ready, int bf16, int64_t kv_heads,
+                  int64_t width, int64_t layer, float* y, int threads) {
+    const Lanes lanes{base, capacity, position, ready, kv_heads, width, layer};
+    return guard([=] {
+        const auto run = bf16 ? width == 64    ? attend<uint16_t, 4>
+                                : width == 128 ? attend<uint16_t, 8>
+                                               : attend<uint16_t, 0>
+                         : width == 64  ? attend<float, 4>
+                         : width == 128 ? attend<float, 8>
+                                        : attend<float, 0>;
+        run(lanes, q, q_stride, n, heads, y, threads);
+    });
+}
+
+int emulus_choose(const float* cond, int64_t cond_stride, const float* null, int64_t null_stride, int64_t n,
+                  int64_t size, float scale, float temperature, int64_t k, const int64_t* seeds,
+                  const int64_t* positions, int64_t first_id, int64_t* columns, int threads) {
+    const Choice choice{cond,        null, cond_stride, null_stride, size,    scale,
+                        temperature, k,    seeds,       positions,   first_id};
+    return guard([=] {
+        const int64_t each = 2 * size + 16;
+        float* memory = scratch.floats(n * each);
+        parallel(n, threads, [&](int64_t row) { columns[row] = choose(choice, row, memory + row * each); });
+    });
+}
+
+}  // extern "C"
