@@ -18,7 +18,7 @@ from torch import Tensor
 
 import emulus
 from benchmarks import reference
-from benchmarks.harness import Case, Options, Timings, case, interleave, main, require
+from benchmarks.harness import Case, Options, Timings, case, interleave, interleave_all, main, require, timed
 from benchmarks.reference import Subject
 from emulus.data.source import even, open_source
 from emulus.engine import Engine, Event, Jacobi, Request, Result, Schedule, Sequential, Token, Zipar
@@ -78,27 +78,39 @@ def subject(shape: Shape, toy: bool) -> Subject:
     return reference.make_subject(config, vocabulary)
 
 
-def draw(shape: Shape, kind: str, options: Options) -> Case:
-    """One guided picture by the engine and by transformers' recipe."""
+def draw(shape: Shape, kinds: Sequence[str], options: Options) -> list[Case]:
+    """One guided picture by the engine, with weights of every kind, and by transformers' recipe."""
     model, width = subject(shape, options.toy), 4 if options.toy else 32
     rows, checked = (2, 2) if options.toy else (options.settings["rows"], options.settings["checked-rows"])
-    decoder, theirs = reference.variant(model.decoder, kind), reference.in_transformers(model)
-    apart = reference.check_logits(
-        decoder, kind, theirs, model.request(checked, width), model.cells(checked, width), model.visual
-    )
-    engine = Engine(decoder, model.grammar)
-    if kind == "fp32":
-        check_greedy(engine, model, theirs, checked, width)
-    request, vocabulary = model.request(rows, width), model.grammar.vocabulary
-    timings = interleave(
-        lambda: reference.draw(theirs, request, vocabulary, rows, width),
-        lambda: engine.generate([request]),
+    theirs, vocabulary = reference.in_transformers(model), model.grammar.vocabulary
+    checks, engines = {}, {}
+    for kind in kinds:
+        decoder = reference.variant(model.decoder, kind)
+        request, cells = model.request(checked, width), model.cells(checked, width)
+        checks[kind] = reference.check_logits(decoder, kind, theirs, request, cells, model.visual)
+        engines[kind] = Engine(decoder, model.grammar)
+    check_greedy(engines["fp32"], model, theirs, checked, width)
+    request = model.request(rows, width)
+
+    def draw_by(engine: Engine) -> float:
+        return timed(lambda: engine.generate([request]), options.clock)
+
+    timings = interleave_all(
+        lambda: timed(lambda: reference.draw(theirs, request, vocabulary, rows, width), options.clock),
+        {kind: partial(draw_by, engine) for kind, engine in engines.items()},
         pairs=options.pairs,
-        clock=options.clock,
     )
     tokens = rows * (width + 1) + 3
-    about = {"rows": rows, "columns": width, "checked_rows": checked, "weights": kind, **_about(model, shape), **apart}
-    return case(f"draw-{shape}-{kind}", timings, options, **about, **_per_token(timings, tokens))
+    about = {"rows": rows, "columns": width, "checked_rows": checked, **_about(model, shape)}
+    return [
+        case(
+            f"draw-{shape}-{kind}",
+            timings[kind],
+            options,
+            **{"weights": kind, **about, **checks[kind], **_per_token(timings[kind], tokens)},
+        )
+        for kind in kinds
+    ]
 
 
 def check_greedy(engine: Engine, model: Subject, theirs: Any, rows: int, columns: int) -> None:
@@ -315,9 +327,9 @@ def _about(model: Subject, shape: str) -> dict[str, Any]:
     }
 
 
-CASES: dict[str, Callable[[Options], Case]] = {
-    **{f"draw-small-{kind}": partial(draw, "small", kind) for kind in ("fp32", "bf16", "int8", "int4")},
-    **{f"draw-truevocab-{kind}": partial(draw, "truevocab", kind) for kind in ("fp32", "bf16", "int4")},
+CASES: dict[str, Callable[[Options], Case | Sequence[Case]]] = {
+    "draw-small": partial(draw, "small", ("fp32", "bf16", "int8", "int4")),
+    "draw-truevocab": partial(draw, "truevocab", ("fp32", "bf16", "int4")),
     **{f"batch-8-{kind}": partial(batch, kind) for kind in ("fp32", "bf16")},
     **{f"context-{LONG}-{kind}": partial(context, kind) for kind in ("fp32", "bf16")},
     **{

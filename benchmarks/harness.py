@@ -121,15 +121,29 @@ def interleave_measured(baseline: Callable[[], float], ours: Callable[[], float]
     Raises:
         EmulusError: No pair is asked for.
     """
+    return interleave_all(baseline, {"ours": ours}, pairs=pairs)["ours"]
+
+
+def interleave_all(
+    baseline: Callable[[], float], ours: Mapping[str, Callable[[], float]], *, pairs: int
+) -> dict[str, Timings]:
+    """Time several ways against one that takes long, in turn: A B C D A B C D.
+
+    Args:
+        baseline: The way that is compared with; returns its seconds.
+        ours: Our ways; each returns its seconds.
+        pairs: How often each is run.
+
+    Raises:
+        EmulusError: No pair is asked for.
+    """
     if pairs < 1:
         raise EmulusError(f"{pairs} pairs would time nothing; ask for at least 1")
     before = _Busy.now()
-    seconds = [(baseline(), ours()) for _ in range(pairs)]
-    return Timings(
-        baseline=[first for first, _ in seconds],
-        ours=[second for _, second in seconds],
-        others=before.others_since(),
-    )
+    rounds = [(baseline(), {name: way() for name, way in ours.items()}) for _ in range(pairs)]
+    others = before.others_since()
+    slow = [seconds for seconds, _ in rounds]
+    return {name: Timings(baseline=slow, ours=[each[name] for _, each in rounds], others=others) for name in ours}
 
 
 def timed(way: Callable[[], object], clock: Clock = "cpu") -> float:
@@ -196,7 +210,7 @@ def require(equal: bool, what: str) -> None:
 
 
 def main(
-    cases: Mapping[str, Callable[[Options], Case]],
+    cases: Mapping[str, Callable[[Options], Case | Sequence[Case]]],
     argv: Sequence[str] | None = None,
     *,
     settings: Mapping[str, tuple[int, str]] | None = None,
@@ -204,7 +218,7 @@ def main(
     """Run a benchmark's cases from the command line.
 
     Args:
-        cases: What runs each, by name.
+        cases: What runs each, or several that share a baseline, by name.
         argv: Arguments; those of the process where not given.
         settings: Whole numbers of this benchmark, each with its default and a line of help: ``rows`` becomes
             ``--rows``.
@@ -230,14 +244,15 @@ def main(
     return 1 if failed else 0
 
 
-def _run(run: Callable[[Options], Case], name: str, options: Options, *, as_json: bool) -> bool:
+def _run(run: Callable[[Options], Case | Sequence[Case]], name: str, options: Options, *, as_json: bool) -> bool:
     """Run one case and print it; whether it came to an end."""
     try:
         found = run(options)
     except EmulusError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return False
-    print(json.dumps(asdict(found)) if as_json else _line(found), flush=True)
+    for each in [found] if isinstance(found, Case) else found:
+        print(json.dumps(asdict(each)) if as_json else _line(each), flush=True)
     return True
 
 
