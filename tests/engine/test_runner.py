@@ -135,3 +135,15 @@ def test_memory_that_is_not_there() -> None:
     layout = CacheLayout.of(small().config, [torch.device("cpu")] * 3, torch.float32)
     with pytest.raises(EmulusError, match=r"no memory for the keys and values of 4\d* tokens"):
         Lane(layout, 2**42)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_of_another_type(dtype: torch.dtype) -> None:
+    runner, ids = Runner(small(), kv_dtype=dtype), random_ids(20, 1)
+    lane = runner.new_lane(20)
+    assert next(iter(lane.memory.values())).dtype == dtype
+    (logits,) = step(runner, [lane], [ids])
+    error = (logits - whole(small(), ids)).norm() / logits.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.01)
+    with pytest.raises(EmulusError, match="cannot be torch.float8_e4m3fn on cpu"):
+        Runner(small(), kv_dtype=torch.float8_e4m3fn)

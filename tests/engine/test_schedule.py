@@ -152,6 +152,8 @@ def test_zipar_is_labelled_and_the_others_are_exact() -> None:
 def test_windows_have_a_size(make: object) -> None:
     with pytest.raises(EmulusError, match="window must be at least 1"):
         make()  # type: ignore[operator]
+    with pytest.raises(EmulusError, match="window is 65 but must be at most 64"):
+        Jacobi(window=65)
 
 
 @pytest.mark.parametrize(

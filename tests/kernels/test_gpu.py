@@ -104,7 +104,6 @@ def _stack(kernel: Any) -> int:
 @pytest.mark.parametrize(
     ("n", "kind", "stored", "shape"),
     [
-        (2, "plain", torch.bfloat16, (14336, 4096)),
         (64, "plain", torch.bfloat16, (14336, 4096)),
         (16, "int8", torch.int8, (14336, 4096)),
         (2, "fp8", torch.float8_e4m3fn, (14336, 4096)),

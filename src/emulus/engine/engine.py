@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from emulus.engine.pace import Pace
 from emulus.engine.request import Counts, Done, Event, Failed, Request, Result
 from emulus.engine.runner import Runner
@@ -32,6 +34,7 @@ class Engine:
         *,
         schedule: Schedule | None = None,
         kv_budget: int | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Put a decoder and a grammar together.
 
@@ -40,6 +43,7 @@ class Engine:
             grammar: Says what may follow.
             schedule: In which order ids are computed; by default one after another.
             kv_budget: Bytes for keys and values on each device; by default nine tenths of what is free.
+            kv_dtype: Of keys and values, as for :class:`~emulus.engine.runner.Runner`.
 
         Raises:
             EmulusError: They are of different vocabularies.
@@ -53,6 +57,7 @@ class Engine:
         self.grammar = grammar
         self.schedule: Schedule = schedule or Sequential()
         self.kv_budget = kv_budget
+        self.kv_dtype = kv_dtype
         self.counts = Counts()
         self._pace = Pace()
 
@@ -116,7 +121,7 @@ class Engine:
         if most_running < 1:
             raise EmulusError(f"batch_size is {most_running} but must be at least 1")
         return Scheduler(
-            Runner(self.decoder),
+            Runner(self.decoder, kv_dtype=self.kv_dtype),
             self.schedule,
             most_running=most_running,
             kv_budget=self.kv_budget,

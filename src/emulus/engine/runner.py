@@ -31,8 +31,11 @@ Weight = Tensor | nn.Module
 AT_ONCE = 512
 """Most tokens of one sequence in a step: a picture of 16,000 tokens attends to itself in pieces, not as one square."""
 
-_FEW = 32
+_FEW = 128
 """Up to so many tokens of a sequence the kernels for few tokens attend; more are a prompt, and PyTorch's are better."""
+
+
+_PLAIN = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +102,16 @@ class _Step:
 class Runner:
     """Computes hidden states of new tokens, and keeps their keys and values."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, *, kv_dtype: torch.dtype | None = None) -> None:
         """Look at a decoder; nothing is copied, so that later changes of its weights are seen.
 
         Args:
             decoder: Whose weights.
+            kv_dtype: Of keys and values: float32, bfloat16, float16, or float8_e4m3fn (only on GPUs with Triton, for
+                long videos); by default what is fast and loses nothing beside the weights.
+
+        Raises:
+            EmulusError: Keys and values cannot be of that type here.
         """
         self.config = decoder.config
         self._embedding = decoder.model.embed_tokens.weight
@@ -114,7 +122,7 @@ class Runner:
         together = {*devices, self._embedding.device, self._norm.device} == {self.device}
         self._kernels = _kernels(self.device, decoder.config.head_width) if together else None
         self._graphs = Graphs(self._compute)
-        self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels))
+        self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels, kv_dtype))
 
     @property
     def device(self) -> torch.device:
@@ -310,15 +318,20 @@ def _activations(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
-def _cache_dtype(decoder: Decoder, kernels: ModuleType | None) -> torch.dtype:
+def _cache_dtype(decoder: Decoder, kernels: ModuleType | None, wanted: torch.dtype | None) -> torch.dtype:
     """Of keys and values: the weights' own; on a CPU bfloat16 where a kernel reads it as it lies there, else float32.
 
     Where weights have few bits, keys and values need no more than bfloat16 has.
     """
-    dtype = decoder.model.norm.weight.dtype
-    if decoder.model.norm.weight.device.type != "cpu":
-        return dtype
-    short = dtype == torch.bfloat16 or is_quantized(decoder)
+    norm = decoder.model.norm.weight
+    if wanted is not None:
+        known = {gpu: {*_PLAIN, torch.float8_e4m3fn}, native: {torch.float32, torch.bfloat16}, None: _PLAIN}[kernels]
+        if wanted not in known:
+            raise EmulusError(f"keys and values cannot be {wanted} on {norm.device} here; leave kv_dtype away")
+        return wanted
+    if norm.device.type != "cpu":
+        return norm.dtype
+    short = norm.dtype == torch.bfloat16 or is_quantized(decoder)
     return torch.bfloat16 if short and kernels is not None else torch.float32
 
 

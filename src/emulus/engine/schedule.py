@@ -13,8 +13,10 @@ from typing import Protocol
 from emulus.engine.pace import Pace
 from emulus.engine.request import Event
 from emulus.engine.walk import Walk
-from emulus.errors import at_least
+from emulus.errors import EmulusError, at_least
 from emulus.sequence.layout import CELL
+
+_MOST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Jacobi:
     before it but with the right noise (Gumbel coupling), which often is right the next time.
 
     Attributes:
-        window: Ids chosen at once; 1 is :class:`Sequential`, None is whichever has been fastest so far.
+        window: Ids chosen at once, at most 64; 1 is :class:`Sequential`, None is whichever has been fastest so far.
 
     Source: speculative Jacobi decoding (arXiv:2410.01699), its coupled variant (arXiv:2510.24211).
     """
@@ -98,6 +100,8 @@ class Jacobi:
     def __post_init__(self) -> None:
         if self.window is not None:
             at_least(1, window=self.window)
+            if self.window > _MOST:
+                raise EmulusError(f"window is {self.window} but must be at most {_MOST}: more guesses hardly hold")
 
     def course(self, walk: Walk, pace: Pace) -> Course:
         """Begin with a request."""

@@ -36,9 +36,9 @@ _GROUP = 64
 _ON_THE_WAY = 100 * 1024
 
 # Programs that the blocks of a head are dealt out to. By the queries' type: slots of a block of keys, and rows (tokens
-# times query heads of a key head) that share it: the least that Hopper's matrix instructions take, which know bfloat16.
+# times query heads of a key head) that share it: the least that Hopper's matrix instructions take, if they know it.
 _SPLITS = 16
-_ATTENTION = {torch.bfloat16: (64, 64), torch.float32: (32, 16)}
+_ATTENTION = {torch.bfloat16: (64, 64), torch.float16: (64, 64), torch.float32: (32, 16)}
 
 # Logits of a row that one program keeps in registers, and that it reads at a time else.
 _REGISTERS = 32768
@@ -267,7 +267,7 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
         DOT=_dot(q.dtype),
         READY=where.ready is not None,
         num_warps=4,
-        num_stages=3 if q.dtype == torch.bfloat16 else 2,
+        num_stages=2 if q.dtype == torch.float32 else 3,
     )
     _run(programs.combine, (n, heads), sums, peaks, weights, where.position, out, **shape, num_warps=4)
     return out

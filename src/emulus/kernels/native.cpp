@@ -15,6 +15,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
@@ -168,12 +169,25 @@ INLINE void store(float* p, V x, int count) {
 #endif
 
 INLINE V from_bf16(const uint16_t* p, int count) {
+#if defined(LEVEL_512)
+    const __m256i bits = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#else
     uint16_t part[16] = {};
     std::memcpy(part, p, count * sizeof(uint16_t));
     return from_bf16(part);
+#endif
 }
 INLINE V load(const uint16_t* p) { return from_bf16(p); }
 INLINE V load(const uint16_t* p, int count) { return from_bf16(p, count); }
+
+#if defined(LEVEL_256)
+INLINE V split(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
+#elif !defined(LEVEL_512)
+INLINE V split(float low, float high) {
+    return V{low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
+}
+#endif
 
 INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even; not a number stays so
     uint32_t bits;
@@ -306,6 +320,7 @@ struct Float32 {
 #endif
     }
     INLINE float finish(int64_t, float total) const { return total; }
+    INLINE void prefetch_scales(int64_t) const {}
 };
 
 // Two neighbours share 32 bits: the first vector of a line holds the even inputs, the second the odd ones.
@@ -331,6 +346,7 @@ struct BFloat16 {
 #endif
     }
     INLINE float finish(int64_t, float total) const { return total; }
+    INLINE void prefetch_scales(int64_t) const {}
 };
 
 struct Int8 {
@@ -356,6 +372,7 @@ struct Int8 {
 #endif
     }
     INLINE float finish(int64_t row, float total) const { return total * scale[row]; }
+    INLINE void prefetch_scales(int64_t row) const { prefetch(scale + row); }
 };
 
 // A lane holds 8 neighbours in 32 bits; lanes 0-7 are one group of 64 inputs, lanes 8-15 the next.
@@ -394,15 +411,83 @@ struct Int4 {
         float a, b;
         std::memcpy(&a, &first, 4);
         std::memcpy(&b, &second, 4);
-#if defined(LEVEL_256)
-        return {_mm256_set1_ps(a), _mm256_set1_ps(b)};
-#else
-        const V one{1, 1, 1, 1, 1, 1, 1, 1};
-        return one * a + (1.0f - one) * b;
-#endif
+        return split(a, b);
 #endif
     }
     INLINE float finish(int64_t, float total) const { return total; }
+    INLINE void prefetch_scales(int64_t row) const {
+        for (int64_t i = 0; i < 4 * groups; i += 32) {
+            prefetch(scale + row * groups + i);
+            prefetch(low + row * groups + i);
+        }
+    }
+};
+
+// The same weights for activations that are rounded to 8 bits, in groups of 64 as well: sums of whole numbers, which
+// are exact, so that all that is lost is in the rounding.
+struct Rounded4 : Int4 {
+    struct Halves {
+        Line even, odd;
+    };
+    static INLINE Halves halves(const Line& w) {
+#if defined(LEVEL_512)
+        const __m512i mask = _mm512_set1_epi8(15);
+        return {{_mm512_and_si512(w.bits, mask)}, {_mm512_and_si512(_mm512_srli_epi16(w.bits, 4), mask)}};
+#else
+        Halves result;
+        for (int i = 0; i < 64; i++) {
+            result.even.bytes[i] = w.bytes[i] & 15;
+            result.odd.bytes[i] = w.bytes[i] >> 4;
+        }
+        return result;
+#endif
+    }
+    // The scales or low ends of a row's 16 groups from `group` on, or of as many as there are.
+    INLINE V of_groups(const uint16_t* values, int64_t row, int64_t group) const {
+        return from_bf16(values + row * groups + group, (int)std::min<int64_t>(16, groups - group));
+    }
+    // Two neighbours of them, each in the lanes of its group.
+    static INLINE V spread(V values, int pair) {
+#if defined(LEVEL_512)
+        const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        return _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(2 * pair)), values);
+#else
+        float part[16];
+        store(part, values);
+        return split(part[2 * pair], part[2 * pair + 1]);
+#endif
+    }
+    // Each lane's sum of 8 products, as a float.
+    static INLINE V dot(const Halves& w, const Line& even, const Line& odd) {
+#if defined(LEVEL_512)
+#if defined(__AVX512VNNI__)
+        const __m512i first = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.even.bits, even.bits);
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(first, w.odd.bits, odd.bits));
+#else
+        // Two products of at most 15 * 127, and two of those, fit 16 bits.
+        const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(w.even.bits, even.bits),
+                                               _mm512_maddubs_epi16(w.odd.bits, odd.bits));
+        return _mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+#elif defined(LEVEL_256)
+        __m256 parts[2];
+        for (int i = 0; i < 2; i++) {
+            const auto part = [i](const Line& x) { return _mm256_load_si256((const __m256i*)x.bytes + i); };
+            const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(part(w.even), part(even)),
+                                                   _mm256_maddubs_epi16(part(w.odd), part(odd)));
+            parts[i] = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+        return {parts[0], parts[1]};
+#else
+        Ints total{};
+        for (int shift = 24; shift >= 0; shift -= 8) {
+            // The byte's sign comes with it from the left.
+            total += ((take<Ints>(even.bytes) << shift) >> 24) * ((take<Ints>(w.even.bytes) << shift) >> 24);
+            total += ((take<Ints>(odd.bytes) << shift) >> 24) * ((take<Ints>(w.odd.bytes) << shift) >> 24);
+        }
+        return __builtin_convertvector(total, V);
+#endif
+    }
 };
 
 // ---------------------------------------------------------------------------------------------- products
@@ -430,19 +515,22 @@ constexpr int block_rows(int tokens) {
 template <class W>
 constexpr int packed_vectors = W::vectors + (W::grouped ? 1 : 0);
 
+// Floats of packed activations that a token has.
+template <class W>
+int64_t packed_size(const W&, int64_t lines) {
+    return lines * packed_vectors<W> * 16;
+}
+
 // Lay activations out as a block of tokens reads them: line by line, vector by vector, token by token.
 template <class W>
-void pack(const float* x, int64_t x_stride, int64_t in, int64_t lines, int64_t tokens, float* packed) {
+void pack(const W&, const float* x, int64_t x_stride, int64_t in, int64_t lines, int64_t tokens, float* packed) {
     constexpr int per_line = 16 * W::vectors;
-    for (int64_t t = 0; t < tokens; t++) {
-        const float* from = x + t * x_stride;
+    for (int64_t t = 0; t < tokens; t++)
         for (int64_t l = 0; l < lines; l++) {
             float part[per_line] = {};
-            const float* inputs = from + l * per_line;
-            if (in - l * per_line < per_line) {
-                std::memcpy(part, inputs, (in - l * per_line) * sizeof(float));
-                inputs = part;
-            }
+            const float* inputs = x + t * x_stride + l * per_line;
+            const int64_t left = in - l * per_line;
+            if (left < per_line) inputs = (const float*)std::memcpy(part, inputs, left * sizeof(float));
             float* to = packed + (l * packed_vectors<W> * tokens + t) * 16;
             for (int v = 0; v < W::vectors; v++)
                 for (int i = 0; i < 16; i++) to[v * tokens * 16 + i] = inputs[W::input(v, i)];
@@ -452,7 +540,51 @@ void pack(const float* x, int64_t x_stride, int64_t in, int64_t lines, int64_t t
                 store(to + W::vectors * tokens * 16, total);
             }
         }
+}
+
+// Rounded activations: for every 8 lines the sums of their 16 groups, then line by line, of each token, 64 even and 64
+// odd inputs as bytes and the scales of the two groups.
+constexpr int ROUNDED_FLOATS = 48;
+
+int64_t packed_size(const Rounded4&, int64_t lines) { return lines * ROUNDED_FLOATS + (lines + 7) / 8 * 16; }
+
+// Round a group of 64; gives the sum of what it was rounded to.
+INLINE float round_group(const float* group, int8_t* even, int8_t* odd, float* scales) {
+    V most = zero();
+    for (int i = 0; i < 64; i += 16) most = max(max(load(group + i), sub(zero(), load(group + i))), most);
+    const float size = largest(most), scale = size / 127.0f;
+    const V by = all(size > 0 ? 127.0f / size : 0.0f);
+    float rounded[64];
+    V total = zero();
+    for (int i = 0; i < 64; i += 16) {
+        const V whole = round(mul(load(group + i), by));
+        store(rounded + i, whole);
+        total = add(total, whole);
     }
+    for (int i = 0; i < 32; i++) {
+        even[i] = (int8_t)rounded[2 * i];
+        odd[i] = (int8_t)rounded[2 * i + 1];
+    }
+    std::fill(scales, scales + 8, scale);
+    return scale * sum(total);
+}
+
+void pack(const Rounded4&, const float* x, int64_t x_stride, int64_t in, int64_t lines, int64_t tokens, float* packed) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t l = 0; l < lines; l++) {
+            float* sums = packed + (l / 8 * (8 * ROUNDED_FLOATS + 16) * tokens) + t * 16;
+            float* to = packed + ((l / 8 + 1) * 16 + l * ROUNDED_FLOATS) * tokens + t * ROUNDED_FLOATS;
+            if (l % 8 == 0) std::fill(sums, sums + 16, 0.0f);
+            for (int half = 0; half < 2; half++) {
+                const int64_t begin = l * 128 + half * 64;
+                float part[64] = {};
+                const float* group = x + t * x_stride + begin;
+                if (in - begin < 64)
+                    group = (const float*)std::memcpy(part, group, std::max<int64_t>(in - begin, 0) * sizeof(float));
+                int8_t* bytes = (int8_t*)to + half * 32;
+                sums[l % 8 * 2 + half] = round_group(group, bytes, bytes + 64, to + 32 + half * 8);
+            }
+        }
 }
 
 // A loop that is unrolled whatever the optimiser thinks, so that arrays of vectors stay in registers.
@@ -538,12 +670,62 @@ void block(const W& w, int64_t row, const float* x, float* y, int64_t y_stride, 
     });
 }
 
+template <int ROWS, int TOKENS>
+void block(const Rounded4& w, int64_t row, const float* x, float* y, int64_t y_stride, const uint8_t* ahead,
+           int fetches) {
+    Totals<ROWS, TOKENS> totals;
+    each<ROWS>([&](auto r) INLINE_LAMBDA {
+        each<TOKENS>([&](auto t) INLINE_LAMBDA { totals.of[r][t] = zero(); });
+    });
+    const uint8_t* rows = w.rows + row * w.row_bytes;
+    for (int64_t group = 0; group < w.groups; group += 16) {
+        V scales[ROWS];
+        each<ROWS>([&](auto r) INLINE_LAMBDA {
+            scales[r] = w.of_groups(w.scale, row + r, group);
+            const V low = w.of_groups(w.low, row + r, group);
+            each<TOKENS>([&](auto t) INLINE_LAMBDA {
+                totals.of[r][t] = fma(low, load(x + t * 16), totals.of[r][t]);
+            });
+        });
+        x += TOKENS * 16;
+        const int some = (int)std::min<int64_t>(16, w.groups - group);
+        for (int pair = 0; 2 * pair < some; pair++, x += TOKENS * ROUNDED_FLOATS) {
+            for (int i = 0; i < fetches; i++, ahead += 64) prefetch(ahead);
+            Rounded4::Halves weights[ROWS];
+            V scale[ROWS];
+            each<ROWS>([&](auto r) INLINE_LAMBDA {
+                const uint8_t* from = rows + r * w.row_bytes + (group / 2 + pair) * 64;
+                weights[r] = Rounded4::halves(2 * pair + 1 < some ? line(from) : line(from, 32));
+                scale[r] = Rounded4::spread(scales[r], pair);
+            });
+            each<TOKENS>([&](auto t) INLINE_LAMBDA {
+                const float* inputs = x + t * ROUNDED_FLOATS;
+                const Line even = line((const uint8_t*)inputs), odd = line((const uint8_t*)(inputs + 16));
+                V by = load(inputs + 32);
+                KEEP(by);
+                each<ROWS>([&](auto r) INLINE_LAMBDA {
+                    const V product = mul(Rounded4::dot(weights[r], even, odd), scale[r]);
+                    totals.of[r][t] = fma(product, by, totals.of[r][t]);
+                });
+            });
+        }
+    }
+    each<ROWS>([&](auto r) INLINE_LAMBDA {
+        each<TOKENS>([&](auto t) INLINE_LAMBDA { y[t * y_stride + row + r] = sum(totals.of[r][t]); });
+    });
+}
+
 template <class W>
 using Block = void (*)(const W&, int64_t, const float*, float*, int64_t, const uint8_t*, int);
 
 template <class W, int TOKENS>
 Block<W> block_of(int64_t tokens, bool one_row) {
-    if (tokens == TOKENS) return one_row ? block<W, 1, TOKENS> : block<W, block_rows<W>(TOKENS), TOKENS>;
+    constexpr int rows = block_rows<W>(TOKENS);
+    if constexpr (std::is_same<W, Rounded4>::value) {
+        if (tokens == TOKENS) return one_row ? Block<W>(block<1, TOKENS>) : Block<W>(block<rows, TOKENS>);
+    } else {
+        if (tokens == TOKENS) return one_row ? Block<W>(block<W, 1, TOKENS>) : Block<W>(block<W, rows, TOKENS>);
+    }
     if constexpr (TOKENS > 1) return block_of<W, TOKENS - 1>(tokens, one_row);
     return nullptr;
 }
@@ -553,18 +735,26 @@ constexpr int64_t CHUNK_BYTES = 192 * 1024;
 // Tokens that go through a chunk together, for the same reason.
 constexpr int64_t TOGETHER = 48;
 
+// How far ahead weights are fetched: what comes from memory meanwhile, but no more than stays in the first cache.
+#ifndef AHEAD_BYTES
+#define AHEAD_BYTES 6144
+#endif
+// Rows whose scales are fetched ahead: there are few, but each is as far away as a line of weights.
+constexpr int64_t SCALES_AHEAD = 16;
+
 template <class W>
 void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in, int64_t out, float* y, int threads) {
-    const int64_t lines = (w.row_bytes + 63) / 64, size = lines * packed_vectors<W> * 16;
+    const int64_t lines = (w.row_bytes + 63) / 64, size = packed_size(w, lines);
     const int64_t blocks = n <= most_tokens<W> ? std::min<int64_t>(n, 1) : (n + USUAL_TOKENS - 1) / USUAL_TOKENS;
     // Blocks of nearly equal size: 7 tokens as 4 and 3, not 6 and 1.
     const auto first = [=](int64_t b) { return b * n / blocks; };
     float* packed = scratch.floats(n * size);
     for (int64_t b = 0; b < blocks; b++)
-        pack<W>(x + first(b) * x_stride, x_stride, in, lines, first(b + 1) - first(b), packed + first(b) * size);
+        pack(w, x + first(b) * x_stride, x_stride, in, lines, first(b + 1) - first(b), packed + first(b) * size);
 
     int64_t chunk = std::max<int64_t>(CHUNK_BYTES / w.row_bytes, 4);
     chunk = std::min(chunk, std::max<int64_t>(out / (4 * (int64_t)threads), 16)) / 4 * 4;
+    const int64_t distance = (AHEAD_BYTES + 4 * w.row_bytes - 1) / (4 * w.row_bytes) * 4;
     parallel((out + chunk - 1) / chunk, threads, [&](int64_t task) {
         const int64_t begin = task * chunk, end = std::min(out, begin + chunk);
         constexpr int64_t step = TOGETHER / USUAL_TOKENS;
@@ -573,6 +763,7 @@ void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in
             for (int64_t row = begin; row < end;) {
                 const int64_t rows = std::min<int64_t>(4, end - row);
                 // The rows after these are fetched meanwhile, a share of them in each block of tokens.
+                if (b0 == 0) w.prefetch_scales(row + SCALES_AHEAD);
                 const int64_t share = (rows * lines + b1 - b0 - 1) / (b1 - b0);
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t tokens = first(b + 1) - first(b);
@@ -581,7 +772,7 @@ void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in
                     const int fetches = b0 ? 0 : (int)((share + steps - 1) / steps);
                     const float* from = packed + first(b) * size;
                     float* to = y + first(b) * out;
-                    const uint8_t* ahead = w.rows + (row + rows) * w.row_bytes + (b - b0) * share * 64;
+                    const uint8_t* ahead = w.rows + (row + distance) * w.row_bytes + (b - b0) * share * 64;
                     for (int64_t r = row; r < row + rows;) {
                         const bool one = r + at_once > row + rows;
                         block_of<W, most_tokens<W>>(tokens, one)(w, r, from, to, out, ahead, fetches);
@@ -965,7 +1156,7 @@ int guard(const F& run) {
 
 extern "C" {
 
-int emulus_interface() { return 1; }
+int emulus_interface() { return 2; }
 
 int emulus_linear(const float* x, int64_t n, int64_t x_stride, int64_t in, const void* weight, int bf16, int64_t out,
                   float* y, int threads) {
@@ -982,9 +1173,12 @@ int emulus_linear_int8(const float* x, int64_t n, int64_t x_stride, int64_t in, 
 }
 
 int emulus_linear_int4(const float* x, int64_t n, int64_t x_stride, int64_t in, const void* q, const uint16_t* scale,
-                       const uint16_t* low, int64_t groups, int64_t out, float* y, int threads) {
+                       const uint16_t* low, int64_t groups, int rounded, int64_t out, float* y, int threads) {
     const Int4 w{(const uint8_t*)q, groups * 32, scale, low, groups};
-    return guard([=] { product(w, x, n, x_stride, in, out, y, threads); });
+    return guard([=] {
+        if (rounded) product(Rounded4{w}, x, n, x_stride, in, out, y, threads);
+        else product(w, x, n, x_stride, in, out, y, threads);
+    });
 }
 
 void emulus_rms_norm(const float* x, int64_t n, int64_t x_stride, int64_t size, const void* weight, int bf16, float eps,

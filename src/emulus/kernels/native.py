@@ -26,7 +26,7 @@ from emulus.log import logger
 MOST_HEAD_DIM = 256
 """Widest head that attention takes."""
 
-_INTERFACE = 1
+_INTERFACE = 2
 _GROUP = 64
 _BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -35,7 +35,7 @@ _TYPES = {"p": c_void_p, "i": c_int64, "n": c_int, "f": c_float}
 _SIGNATURES = {
     "emulus_linear": "piiipnipn",
     "emulus_linear_int8": "piiippipn",
-    "emulus_linear_int4": "piiipppiipn",
+    "emulus_linear_int4": "piiipppinipn",
     "emulus_rms_norm": "piiipnfp",
     "emulus_silu_mul": "pipiiip",
     "emulus_rotate_and_store": "ppppiipppppniiip",
@@ -137,6 +137,8 @@ def linear_int4(
     q: UInt8[Tensor, "out bytes"],
     scale: Float[Tensor, "out groups"],
     low: Float[Tensor, "out groups"],
+    *,
+    rounded: bool = False,
 ) -> Float[Tensor, "n out"]:
     """Multiply by weights ``low + scale * q``, of which 64 neighbours share the two.
 
@@ -145,6 +147,8 @@ def linear_int4(
         q: Two inputs in a byte, the first in its low half; whole groups, 32 bytes each.
         scale: bfloat16.
         low: bfloat16.
+        rounded: Round each token's activations to 8 bits, 64 neighbours at a scale. Twice as fast; moves a product by
+            about 0.5 % of its size, where 4-bit weights have moved it by some 10 %.
     """
     n, width = x.shape
     rows, groups = scale.shape
@@ -158,8 +162,8 @@ def linear_int4(
     result = torch.empty(n, rows)
     _done(
         _loaded().emulus_linear_int4(
-            x.data_ptr(), n, x.stride(0), width, q.data_ptr(), scale.data_ptr(), low.data_ptr(), groups, rows,
-            result.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), n, x.stride(0), width, q.data_ptr(), scale.data_ptr(), low.data_ptr(), groups,
+            rounded, rows, result.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
     return result

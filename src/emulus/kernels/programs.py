@@ -18,7 +18,12 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the programs run on the CPU, element by element, as tests have it where there is no GPU."""
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv}
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 """What Triton calls the types that a lane may have."""
 
 # The interpreter can neither multiply bfloat16 matrices nor read assembly.
