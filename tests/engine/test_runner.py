@@ -11,7 +11,9 @@ from torch import Tensor
 from emulus.engine.cache import CacheLayout, Lane
 from emulus.engine.runner import Feed, Runner
 from emulus.errors import EmulusError
+from emulus.kernels import native
 from emulus.model import Decoder, DecoderConfig
+from emulus.model.quantize import quantize_decoder
 
 VOCAB = 61
 
@@ -69,6 +71,25 @@ def test_steps_of_any_size_equal_the_whole(pieces: list[list[int]], kv_heads: in
             logits[n].append(new)
     for row, parts in zip(ids, logits, strict=True):
         torch.testing.assert_close(torch.cat(parts), whole(decoder, row), atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native kernels")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_all_blocks_in_one_call_are_the_same_to_the_bit(kind: str, qk_norm: bool) -> None:
+    decoder = small(qk_norm=qk_norm, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    if kind in ("int8", "int4"):
+        decoder = quantize_decoder(decoder, kind)  # type: ignore[arg-type]
+    together, apart = Runner(decoder), Runner(decoder)
+    assert together._table is not None
+    apart._table = None
+    for runner in (together, apart):
+        lanes = [runner.new_lane(12) for _ in range(2)]
+        first = step(runner, lanes, [random_ids(9, 1), random_ids(3, 2)])
+        then = step(runner, lanes, [random_ids(1, 3), random_ids(2, 4)])
+        if runner is together:
+            expected = [*first, *then]
+    assert all(torch.equal(one, other) for one, other in zip(expected, [*first, *then], strict=True))
 
 
 def test_bfloat16_is_near() -> None:
@@ -145,5 +166,5 @@ def test_keys_and_values_of_another_type(dtype: torch.dtype) -> None:
     (logits,) = step(runner, [lane], [ids])
     error = (logits - whole(small(), ids)).norm() / logits.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.01)
-    with pytest.raises(EmulusError, match="cannot be torch.float8_e4m3fn on cpu"):
+    with pytest.raises(EmulusError, match=r"cannot be torch\.float8_e4m3fn on cpu"):
         Runner(small(), kv_dtype=torch.float8_e4m3fn)

@@ -88,6 +88,38 @@ class TestLinear:
         close(native.linear_int4(x, layer.q, layer.scale, layer.low), exact, width**0.5 * 16)
 
     @few
+    @given(tokens, widths, rows, seeds)
+    def test_rounded_activations_are_near(self, n: int, width: int, out: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x, layer = torch.randn(n, width, generator=generator), quantize(torch.randn(out, width), "int4")
+        assert layer.low is not None
+        # What 64 neighbours are rounded to: whole multiples of a 127th of the largest of them.
+        groups = F.pad(x, (0, -width % 64)).view(n, -1, 64)
+        step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+        rounded = ((groups / step).round() * step).flatten(1)[:, :width]
+        exact = rounded.double() @ layer.dequantize().double().T
+        ours = native.linear_int4(x, layer.q, layer.scale, layer.low, rounded=True)
+        # A tie may be rounded either way, which moves one term by a step.
+        close(ours, exact, width**0.5 * 16 + 0.05 * layer.dequantize().abs().max().item() / 4e-6)
+
+    def test_rounded_activations_cost_little(self) -> None:
+        x, layer = torch.randn(8, 768), quantize(torch.randn(512, 768), "int4")
+        assert layer.low is not None
+        exact = x @ layer.dequantize().T
+        error = native.linear_int4(x, layer.q, layer.scale, layer.low, rounded=True) - exact
+        assert error.norm() / exact.norm() < 0.008
+
+    def test_zeros_and_what_is_not_finite(self) -> None:
+        layer = quantize(torch.randn(5, 128), "int4")
+        assert layer.low is not None
+        x = torch.zeros(3, 128)
+        x[1, 3], x[2, 100] = torch.inf, torch.nan
+        for rounded in (False, True):
+            ours = native.linear_int4(x, layer.q, layer.scale, layer.low, rounded=rounded)
+            assert torch.equal(ours[0], torch.zeros(5))
+            assert not ours[1:].isfinite().any()
+
+    @few
     @given(st.integers(2, 60), widths, rows, seeds, st.data())
     def test_a_token_is_the_same_alone_and_among_others(
         self, n: int, width: int, out: int, seed: int, data: st.DataObject
@@ -117,6 +149,7 @@ class TestLinear:
     def test_no_tokens_and_no_rows(self) -> None:
         assert native.linear(torch.randn(0, 8), torch.randn(3, 8)).shape == (0, 3)
         assert native.linear(torch.randn(2, 8), torch.randn(0, 8)).shape == (2, 0)
+        assert torch.equal(native.linear(torch.randn(2, 0), torch.randn(3, 0)), torch.zeros(2, 3))
 
     @pytest.mark.parametrize(
         ("x", "weight"),
@@ -280,6 +313,16 @@ class TestAttend:
         lanes.memory[0][:, :, :, hidden] = torch.nan
         assert torch.equal(native.attend(q, where, 0), before)
 
+    def test_some_lanes_have_maps_and_some_have_none(self) -> None:
+        lanes = Lanes([700, 700], kv_heads=2, width=64, dtype=torch.float32)
+        q, which, positions = torch.randn(2, 2, 64), [0, 1], [650, 640]
+        mapped, unmapped = lanes.where(which, positions, ready=True), lanes.where(which, positions)
+        assert mapped.ready is not None
+        mapped.ready[1] = 0
+        ours = native.attend(q, mapped, 0)
+        close(ours[:1], lanes.exact(q[:1], which[:1], positions[:1], 0, ready=True), 4)
+        assert torch.equal(ours[1], native.attend(q, unmapped, 0)[1])
+
     def test_refuses_what_does_not_fit(self) -> None:
         lanes = Lanes([10], kv_heads=2, width=16, dtype=torch.float32)
         for q in (torch.zeros(1, 3, 16), torch.zeros(1, 2, 8), torch.zeros(2, 2, 16), torch.zeros(1, 16, 2).mT):
@@ -348,7 +391,7 @@ class TestChoose:
         guided = cond if null is None else apply_guidance(cond, null, scale or 0.0)
         params = [SamplingParams(temperature=temperature, top_k=k, top_p=1.0, seed=int(key)) for key in keys]
         expected = sample(guided, torch.arange(1234, 1234 + ids), params, places.tolist())
-        assert (ours + 1234).tolist() == expected
+        assert (ours + 1234).tolist() == expected.tolist()
 
     def test_true_size(self) -> None:
         logits = torch.randn(40, 32_768, generator=torch.Generator().manual_seed(0)) * 3
@@ -358,7 +401,7 @@ class TestChoose:
         )
         params = [SamplingParams(temperature=1.0, top_k=2048, top_p=1.0, seed=seed) for seed in range(20)]
         guided = apply_guidance(logits[:20], logits[20:], 3.0)
-        assert ours.tolist() == sample(guided, torch.arange(32_768), params, places.tolist())
+        assert ours.tolist() == sample(guided, torch.arange(32_768), params, places.tolist()).tolist()
 
     def test_does_not_depend_on_threads_or_rows(self) -> None:
         logits, keys = torch.randn(6, 999), torch.arange(6)
@@ -409,6 +452,7 @@ def products(weight: Tensor) -> list[Any]:
         lambda x: native.linear(x, narrow),
         lambda x: native.linear_int8(x, eight.q, eight.scale),
         lambda x: native.linear_int4(x, four.q, four.scale, four.low),
+        lambda x: native.linear_int4(x, four.q, four.scale, four.low, rounded=True),
     ]
 
 

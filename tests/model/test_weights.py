@@ -183,7 +183,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "fp8"])
 def test_nothing_is_copied_whole_in_float32(tmp_path: Path, quantize: Any) -> None:
     save_decoder(Decoder(sized("tiny", vocab_size=40_000, intermediate_size=20_000, num_hidden_layers=1)), tmp_path)
     with Largest() as largest:

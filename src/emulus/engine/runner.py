@@ -22,7 +22,7 @@ from emulus.engine.graphs import Graphs
 from emulus.errors import EmulusError
 from emulus.kernels import gpu, native
 from emulus.kernels.where import Where
-from emulus.model.linear import linear
+from emulus.model.linear import QuantizedLinear, linear
 from emulus.model.quantize import is_quantized
 from emulus.model.transformer import Block, Decoder, Rotary, rms_norm, rotary, rotate
 
@@ -122,6 +122,7 @@ class Runner:
         together = {*devices, self._embedding.device, self._norm.device} == {self.device}
         self._kernels = _kernels(self.device, decoder.config.head_width) if together else None
         self._graphs = Graphs(self._compute)
+        self._table = _table(self._layers) if self._kernels is native else None
         self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels, kv_dtype))
 
     @property
@@ -183,7 +184,20 @@ class Runner:
             head_dim=self.layout.head_dim,
             ready=ready,
         )
-        return self._through(ids, {ids.device: _Step(where=where, table=self.rotary(position))})
+        table = self.rotary(position)
+        if self._table is None:
+            return self._through(ids, {ids.device: _Step(where=where, table=table)})
+        config = self.config
+        return native.blocks(
+            F.embedding(ids, self._embedding).float(),
+            self._table,
+            heads=config.num_attention_heads,
+            inner=config.intermediate_size,
+            eps=config.rms_norm_eps,
+            cos=table.cos[0, 0],
+            sin=table.sin[0, 0],
+            where=where,
+        )
 
     def _through(self, ids: Tensor, steps: Mapping[torch.device, _Step]) -> Tensor:
         x = F.embedding(ids, self._embedding)
@@ -306,6 +320,27 @@ def _layer(block: Block, index: int) -> _Layer:
         up=_weight(mlp.up_proj),
         down=_weight(mlp.down_proj),
     )
+
+
+def _table(layers: Sequence[_Layer]) -> Tensor | None:
+    """What the native kernels need to compute all blocks in one call; None where they cannot."""
+    rows = [_row(layer) for layer in layers]
+    whole = all(len(row) == native.BLOCK_NUMBERS for row in rows)
+    return torch.tensor(rows, dtype=torch.int64) if whole else None
+
+
+def _row(layer: _Layer) -> list[int]:
+    norms = [layer.norm, layer.mlp_norm, layer.q_norm, layer.k_norm]
+    if any(norm is not None and norm.dtype not in (torch.float32, torch.bfloat16) for norm in norms):
+        return []
+    row = [0 if norm is None else norm.data_ptr() for norm in norms]
+    row.append(int(layer.norm.dtype == torch.bfloat16))
+    for weight in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down):
+        if isinstance(weight, QuantizedLinear):
+            row += native.matrix(*weight.packed(), width=weight.in_features, rounded=True)
+        elif isinstance(weight, Tensor):
+            row += native.matrix(weight, width=weight.shape[1])
+    return row
 
 
 def _weight(module: nn.Module) -> Weight:

@@ -15,7 +15,6 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <type_traits>
 #include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
@@ -308,7 +307,7 @@ INLINE Line line(const uint8_t* p, int bytes) {
 
 struct Float32 {
     static constexpr int vectors = 1;
-    static constexpr bool grouped = false;
+    static constexpr bool grouped = false, rounded = false;
     const uint8_t* rows;
     int64_t row_bytes;
     static constexpr int input(int, int lane) { return lane; }
@@ -326,7 +325,7 @@ struct Float32 {
 // Two neighbours share 32 bits: the first vector of a line holds the even inputs, the second the odd ones.
 struct BFloat16 {
     static constexpr int vectors = 2;
-    static constexpr bool grouped = false;
+    static constexpr bool grouped = false, rounded = false;
     const uint8_t* rows;
     int64_t row_bytes;
     static constexpr int input(int vector, int lane) { return 2 * lane + vector; }
@@ -351,7 +350,7 @@ struct BFloat16 {
 
 struct Int8 {
     static constexpr int vectors = 4;
-    static constexpr bool grouped = false;
+    static constexpr bool grouped = false, rounded = false;
     const uint8_t* rows;
     int64_t row_bytes;
     const float* scale;
@@ -379,7 +378,7 @@ struct Int8 {
 // weight = low + scale * q, so a group adds scale * sum(q * x) + low * sum(x).
 struct Int4 {
     static constexpr int vectors = 8;
-    static constexpr bool grouped = true;
+    static constexpr bool grouped = true, rounded = false;
     const uint8_t* rows;
     int64_t row_bytes;
     const uint16_t *scale, *low;
@@ -426,6 +425,7 @@ struct Int4 {
 // The same weights for activations that are rounded to 8 bits, in groups of 64 as well: sums of whole numbers, which
 // are exact, so that all that is lost is in the rounding.
 struct Rounded4 : Int4 {
+    static constexpr bool rounded = true;
     struct Halves {
         Line even, odd;
     };
@@ -495,11 +495,11 @@ struct Rounded4 : Int4 {
 // Tokens of a block at most, and rows of a block: as many as have room for their totals in the registers.
 #if defined(LEVEL_512)
 template <class W>
-constexpr int most_tokens = W::grouped ? 6 : 8;
+constexpr int most_tokens = W::grouped && !W::rounded ? 6 : 8;
 constexpr int USUAL_TOKENS = 6;
 template <class W>
 constexpr int block_rows(int tokens) {
-    return tokens > (W::grouped ? 2 : 6) ? 2 : 4;
+    return tokens > (W::rounded ? 4 : W::grouped ? 2 : 6) ? 2 : 4;
 }
 #else
 template <class W>
@@ -602,26 +602,34 @@ struct Totals {
     V of[ROWS][TOKENS];
 };
 
+// The part of a block's activations that is multiplied: all its tokens, or one by itself, where few rows are left over.
+template <int TOKENS>
+struct Share {
+    int64_t all, first;
+    INLINE int64_t tokens() const { return TOKENS == 1 ? all : TOKENS; }
+    INLINE int64_t begin() const { return TOKENS == 1 ? first : 0; }
+};
+
 // Rows times tokens for one vector of inputs. Each vector is loaded once and kept in its register: compilers would put
 // the load into every multiplication, and so many loads leave the cache no time to take in new lines.
 template <class W, int ROWS, int TOKENS, class F>
-INLINE void add_vector(const Line* lines, const float* x, int vector, const F& add_product) {
+INLINE void add_vector(const Line* lines, const float* x, Share<TOKENS> share, int vector, const F& add_product) {
     V weights[ROWS];
     each<ROWS>([&](auto r) INLINE_LAMBDA { weights[r] = W::get(lines[r], vector); });
     each<TOKENS>([&](auto t) INLINE_LAMBDA {
-        V inputs = load(x + (vector * TOKENS + t) * 16);
+        V inputs = load(x + (vector * share.tokens() + t) * 16);
         KEEP(inputs);
         each<ROWS>([&](auto r) INLINE_LAMBDA { add_product(r, t, weights[r], inputs); });
     });
 }
 
 template <class W, int ROWS, int TOKENS>
-INLINE void add_lines(const W& w, int64_t row, int64_t l, const Line* lines, const float* x,
+INLINE void add_lines(const W& w, int64_t row, int64_t l, const Line* lines, const float* x, Share<TOKENS> share,
                       Totals<ROWS, TOKENS>& totals) {
     if constexpr (W::grouped) {
         Totals<ROWS, TOKENS> parts;
         each<W::vectors>([&](auto v) INLINE_LAMBDA {
-            add_vector<W, ROWS, TOKENS>(lines, x, v, [&](auto r, auto t, V weights, V inputs) INLINE_LAMBDA {
+            add_vector<W, ROWS, TOKENS>(lines, x, share, v, [&](auto r, auto t, V weights, V inputs) INLINE_LAMBDA {
                 parts.of[r][t] = v == 0 ? mul(weights, inputs) : fma(weights, inputs, parts.of[r][t]);
             });
         });
@@ -631,12 +639,13 @@ INLINE void add_lines(const W& w, int64_t row, int64_t l, const Line* lines, con
             const V scale = W::two(w.scale + group, both), low = W::two(w.low + group, both);
             each<TOKENS>([&](auto t) INLINE_LAMBDA {
                 V& total = totals.of[r][t];
-                total = fma(load(x + (W::vectors * TOKENS + t) * 16), low, fma(parts.of[r][t], scale, total));
+                const V inputs = load(x + (W::vectors * share.tokens() + t) * 16);
+                total = fma(inputs, low, fma(parts.of[r][t], scale, total));
             });
         });
     } else {
         each<W::vectors>([&](auto v) INLINE_LAMBDA {
-            add_vector<W, ROWS, TOKENS>(lines, x, v, [&](auto r, auto t, V weights, V inputs) INLINE_LAMBDA {
+            add_vector<W, ROWS, TOKENS>(lines, x, share, v, [&](auto r, auto t, V weights, V inputs) INLINE_LAMBDA {
                 totals.of[r][t] = fma(weights, inputs, totals.of[r][t]);
             });
         });
@@ -645,7 +654,9 @@ INLINE void add_lines(const W& w, int64_t row, int64_t l, const Line* lines, con
 
 // A block of rows times a block of tokens. `ahead`: the part of the next rows to be fetched meanwhile.
 template <class W, int ROWS, int TOKENS>
-void block(const W& w, int64_t row, const float* x, float* y, int64_t y_stride, const uint8_t* ahead, int fetches) {
+void block(const W& w, int64_t row, const float* x, Share<TOKENS> share, float* y, int64_t y_stride,
+           const uint8_t* ahead, int fetches) {
+    x += share.begin() * 16;
     Totals<ROWS, TOKENS> totals;
     each<ROWS>([&](auto r) INLINE_LAMBDA {
         each<TOKENS>([&](auto t) INLINE_LAMBDA { totals.of[r][t] = zero(); });
@@ -656,12 +667,12 @@ void block(const W& w, int64_t row, const float* x, float* y, int64_t y_stride, 
     for (int64_t l = 0; l < whole; l++) {
         for (int i = 0; i < fetches; i++, ahead += 64) prefetch(ahead);
         each<ROWS>([&](auto r) INLINE_LAMBDA { lines[r] = line(rows + r * w.row_bytes + l * 64); });
-        add_lines<W, ROWS, TOKENS>(w, row, l, lines, x, totals);
-        x += packed_vectors<W> * TOKENS * 16;
+        add_lines<W, ROWS, TOKENS>(w, row, l, lines, x, share, totals);
+        x += packed_vectors<W> * share.tokens() * 16;
     }
     if (const int rest = (int)(w.row_bytes % 64)) {
         each<ROWS>([&](auto r) INLINE_LAMBDA { lines[r] = line(rows + r * w.row_bytes + whole * 64, rest); });
-        add_lines<W, ROWS, TOKENS>(w, row, whole, lines, x, totals);
+        add_lines<W, ROWS, TOKENS>(w, row, whole, lines, x, share, totals);
     }
     each<ROWS>([&](auto r) INLINE_LAMBDA {
         each<TOKENS>([&](auto t) INLINE_LAMBDA {
@@ -670,9 +681,9 @@ void block(const W& w, int64_t row, const float* x, float* y, int64_t y_stride, 
     });
 }
 
-template <int ROWS, int TOKENS>
-void block(const Rounded4& w, int64_t row, const float* x, float* y, int64_t y_stride, const uint8_t* ahead,
-           int fetches) {
+template <class W, int ROWS, int TOKENS>
+void block(const Rounded4& w, int64_t row, const float* x, Share<TOKENS> share, float* y, int64_t y_stride,
+           const uint8_t* ahead, int fetches) {
     Totals<ROWS, TOKENS> totals;
     each<ROWS>([&](auto r) INLINE_LAMBDA {
         each<TOKENS>([&](auto t) INLINE_LAMBDA { totals.of[r][t] = zero(); });
@@ -684,12 +695,12 @@ void block(const Rounded4& w, int64_t row, const float* x, float* y, int64_t y_s
             scales[r] = w.of_groups(w.scale, row + r, group);
             const V low = w.of_groups(w.low, row + r, group);
             each<TOKENS>([&](auto t) INLINE_LAMBDA {
-                totals.of[r][t] = fma(low, load(x + t * 16), totals.of[r][t]);
+                totals.of[r][t] = fma(low, load(x + (share.begin() + t) * 16), totals.of[r][t]);
             });
         });
-        x += TOKENS * 16;
+        x += share.tokens() * 16;
         const int some = (int)std::min<int64_t>(16, w.groups - group);
-        for (int pair = 0; 2 * pair < some; pair++, x += TOKENS * ROUNDED_FLOATS) {
+        for (int pair = 0; 2 * pair < some; pair++, x += share.tokens() * ROUNDED_FLOATS) {
             for (int i = 0; i < fetches; i++, ahead += 64) prefetch(ahead);
             Rounded4::Halves weights[ROWS];
             V scale[ROWS];
@@ -699,7 +710,7 @@ void block(const Rounded4& w, int64_t row, const float* x, float* y, int64_t y_s
                 scale[r] = Rounded4::spread(scales[r], pair);
             });
             each<TOKENS>([&](auto t) INLINE_LAMBDA {
-                const float* inputs = x + t * ROUNDED_FLOATS;
+                const float* inputs = x + (share.begin() + t) * ROUNDED_FLOATS;
                 const Line even = line((const uint8_t*)inputs), odd = line((const uint8_t*)(inputs + 16));
                 V by = load(inputs + 32);
                 KEEP(by);
@@ -715,19 +726,13 @@ void block(const Rounded4& w, int64_t row, const float* x, float* y, int64_t y_s
     });
 }
 
-template <class W>
-using Block = void (*)(const W&, int64_t, const float*, float*, int64_t, const uint8_t*, int);
-
+// As many rows as fit, times all tokens.
 template <class W, int TOKENS>
-Block<W> block_of(int64_t tokens, bool one_row) {
-    constexpr int rows = block_rows<W>(TOKENS);
-    if constexpr (std::is_same<W, Rounded4>::value) {
-        if (tokens == TOKENS) return one_row ? Block<W>(block<1, TOKENS>) : Block<W>(block<rows, TOKENS>);
-    } else {
-        if (tokens == TOKENS) return one_row ? Block<W>(block<W, 1, TOKENS>) : Block<W>(block<W, rows, TOKENS>);
-    }
-    if constexpr (TOKENS > 1) return block_of<W, TOKENS - 1>(tokens, one_row);
-    return nullptr;
+void block_of(int64_t tokens, const W& w, int64_t row, const float* x, float* y, int64_t y_stride,
+              const uint8_t* ahead, int fetches) {
+    if constexpr (TOKENS > 1)
+        if (tokens < TOKENS) return block_of<W, TOKENS - 1>(tokens, w, row, x, y, y_stride, ahead, fetches);
+    block<W, block_rows<W>(TOKENS), TOKENS>(w, row, x, {TOKENS, 0}, y, y_stride, ahead, fetches);
 }
 
 // Rows of weights that are gone through with all tokens before the next, so that they stay in the second cache.
@@ -735,17 +740,20 @@ constexpr int64_t CHUNK_BYTES = 192 * 1024;
 // Tokens that go through a chunk together, for the same reason.
 constexpr int64_t TOGETHER = 48;
 
-// How far ahead weights are fetched: what comes from memory meanwhile, but no more than stays in the first cache.
-#ifndef AHEAD_BYTES
-#define AHEAD_BYTES 6144
-#endif
+// How far ahead weights are fetched, 4 rows at least: far enough for memory, but no more than stays in the first cache.
+constexpr int64_t AHEAD_BYTES = 6 * 1024;
+// Activations of a block of tokens, which are read again for every few rows: they shall stay there too.
+constexpr int64_t INPUT_BYTES = 34 * 1024;
 // Rows whose scales are fetched ahead: there are few, but each is as far away as a line of weights.
 constexpr int64_t SCALES_AHEAD = 16;
 
 template <class W>
 void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in, int64_t out, float* y, int threads) {
     const int64_t lines = (w.row_bytes + 63) / 64, size = packed_size(w, lines);
-    const int64_t blocks = n <= most_tokens<W> ? std::min<int64_t>(n, 1) : (n + USUAL_TOKENS - 1) / USUAL_TOKENS;
+    if (in == 0) return (void)std::fill(y, y + n * out, 0.0f);
+    const int64_t fit = std::max<int64_t>(INPUT_BYTES / (size * 4), 4);
+    const int64_t most = std::min<int64_t>(most_tokens<W>, fit), usual = std::min<int64_t>(USUAL_TOKENS, fit);
+    const int64_t blocks = n <= most ? std::min<int64_t>(n, 1) : (n + usual - 1) / usual;
     // Blocks of nearly equal size: 7 tokens as 4 and 3, not 6 and 1.
     const auto first = [=](int64_t b) { return b * n / blocks; };
     float* packed = scratch.floats(n * size);
@@ -754,10 +762,10 @@ void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in
 
     int64_t chunk = std::max<int64_t>(CHUNK_BYTES / w.row_bytes, 4);
     chunk = std::min(chunk, std::max<int64_t>(out / (4 * (int64_t)threads), 16)) / 4 * 4;
-    const int64_t distance = (AHEAD_BYTES + 4 * w.row_bytes - 1) / (4 * w.row_bytes) * 4;
+    const int64_t distance = std::max<int64_t>(AHEAD_BYTES / (4 * w.row_bytes), 1) * 4;
     parallel((out + chunk - 1) / chunk, threads, [&](int64_t task) {
         const int64_t begin = task * chunk, end = std::min(out, begin + chunk);
-        constexpr int64_t step = TOGETHER / USUAL_TOKENS;
+        const int64_t step = TOGETHER / usual;
         for (int64_t b0 = 0; b0 < blocks; b0 += step) {
             const int64_t b1 = std::min(blocks, b0 + step);
             for (int64_t row = begin; row < end;) {
@@ -773,12 +781,12 @@ void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in
                     const float* from = packed + first(b) * size;
                     float* to = y + first(b) * out;
                     const uint8_t* ahead = w.rows + (row + distance) * w.row_bytes + (b - b0) * share * 64;
-                    for (int64_t r = row; r < row + rows;) {
-                        const bool one = r + at_once > row + rows;
-                        block_of<W, most_tokens<W>>(tokens, one)(w, r, from, to, out, ahead, fetches);
-                        ahead += fetches * lines * 64;
-                        r += one ? 1 : at_once;
-                    }
+                    int64_t r = row;
+                    for (; r + at_once <= row + rows; r += at_once, ahead += fetches * lines * 64)
+                        block_of<W, most_tokens<W>>(tokens, w, r, from, to, out, ahead, fetches);
+                    for (; r < row + rows; r++)
+                        for (int64_t t = 0; t < tokens; t++)
+                            block<W, 1, 1>(w, r, from, {tokens, t}, to + t * out, out, ahead, 0);
                 }
                 row += rows;
             }
@@ -1154,9 +1162,36 @@ int guard(const F& run) {
 
 // ---------------------------------------------------------------------------------------------- what Python calls
 
+namespace {
+
+// A matrix as Python lists it, in whole numbers: kind, addresses, sizes.
+struct Matrix {
+    int64_t kind, data, scale, low, out, in, groups;
+};
+
+// A decoder's block: addresses of its norms (bfloat16 or not), and its matrices.
+struct Block {
+    int64_t norm, mlp_norm, q_norm, k_norm, bf16;
+    Matrix q, k, v, o, gate, up, down;
+};
+
+void multiply(const Matrix& m, const float* x, int64_t n, float* y, int threads) {
+    const uint8_t* rows = (const uint8_t*)m.data;
+    const Int4 w{rows, m.groups * 32, (const uint16_t*)m.scale, (const uint16_t*)m.low, m.groups};
+    switch (m.kind) {
+        case 0: return product(Float32{rows, m.in * 4}, x, n, m.in, m.in, m.out, y, threads);
+        case 1: return product(BFloat16{rows, m.in * 2}, x, n, m.in, m.in, m.out, y, threads);
+        case 2: return product(Int8{rows, m.in, (const float*)m.scale}, x, n, m.in, m.in, m.out, y, threads);
+        case 3: return product(w, x, n, m.in, m.in, m.out, y, threads);
+        default: return product(Rounded4{w}, x, n, m.in, m.in, m.out, y, threads);
+    }
+}
+
+}  // namespace
+
 extern "C" {
 
-int emulus_interface() { return 2; }
+int emulus_interface() { return 3; }
 
 int emulus_linear(const float* x, int64_t n, int64_t x_stride, int64_t in, const void* weight, int bf16, int64_t out,
                   float* y, int threads) {
@@ -1248,6 +1283,44 @@ int emulus_choose(const float* cond, int64_t cond_stride, const float* null, int
         const int64_t each = 2 * size + 16;
         float* memory = scratch.floats(n * each);
         parallel(n, threads, [&](int64_t row) { columns[row] = choose(choice, row, memory + row * each); });
+    });
+}
+
+int emulus_blocks(const Block* blocks, int64_t count, float* x, int64_t n, int64_t hidden, int64_t inner, int64_t heads,
+                  const float* cos, const float* sin, const int64_t* base, const int64_t* capacity,
+                  const int64_t* position, const int64_t* ready, int lanes_bf16, int64_t kv_heads, int64_t width,
+                  float eps, int threads) {
+    return guard([=] {
+        static thread_local Scratch work;
+        const int64_t queries = heads * width, keys = kv_heads * width, wide = std::max(hidden, queries);
+        float* normed = work.floats(n * (wide + 3 * queries + 2 * keys + 2 * inner));
+        float *q = normed + n * wide, *turned = q + n * queries, *seen = turned + n * queries, *k = seen + n * queries;
+        float *v = k + n * keys, *gate = v + n * keys, *up = gate + n * inner;
+        const int64_t strides[3] = {queries, keys, keys};
+        for (int64_t layer = 0; layer < count; layer++) {
+            const Block& b = blocks[layer];
+            const int bf16 = (int)b.bf16;
+            emulus_rms_norm(x, n, hidden, hidden, (const void*)b.norm, bf16, eps, normed);
+            multiply(b.q, normed, n, q, threads);
+            multiply(b.k, normed, n, k, threads);
+            multiply(b.v, normed, n, v, threads);
+            if (b.q_norm) {
+                emulus_rms_norm(q, n * heads, width, width, (const void*)b.q_norm, bf16, eps, q);
+                emulus_rms_norm(k, n * kv_heads, width, width, (const void*)b.k_norm, bf16, eps, k);
+            }
+            emulus_rotate_and_store(q, k, v, strides, n, heads, cos, sin, base, capacity, position, lanes_bf16,
+                                    kv_heads, width, layer, turned);
+            emulus_attend(turned, queries, n, heads, base, capacity, position, ready, lanes_bf16, kv_heads, width,
+                          layer, seen, threads);
+            multiply(b.o, seen, n, normed, threads);
+            for (int64_t i = 0; i < n * hidden; i++) x[i] += normed[i];
+            emulus_rms_norm(x, n, hidden, hidden, (const void*)b.mlp_norm, bf16, eps, normed);
+            multiply(b.gate, normed, n, gate, threads);
+            multiply(b.up, normed, n, up, threads);
+            emulus_silu_mul(gate, inner, up, inner, n, inner, gate);
+            multiply(b.down, gate, n, normed, threads);
+            for (int64_t i = 0; i < n * hidden; i++) x[i] += normed[i];
+        }
     });
 }
 

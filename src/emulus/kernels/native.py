@@ -1,7 +1,7 @@
 """Products, norms, attention and choice for few tokens on the CPU: one small C++ library, built at first use.
 
-What is computed for one token is the same, to the last bit, whatever stands beside it in a step and however many threads
-there are. Nothing here follows gradients. Outputs are new tensors.
+What is computed for one token is the same, to the last bit, whatever stands beside it in a step and however many
+threads there are. Nothing here follows gradients. Outputs are new tensors.
 
 Everything takes float32 activations whose last axis is contiguous; a misfit raises ``ValueError``.
 """
@@ -26,7 +26,12 @@ from emulus.log import logger
 MOST_HEAD_DIM = 256
 """Widest head that attention takes."""
 
-_INTERFACE = 2
+BLOCK_NUMBERS = 5 + 7 * 7
+"""Numbers that :func:`blocks` takes of a block."""
+
+Numbers = tuple[int, ...]
+
+_INTERFACE = 3
 _GROUP = 64
 _BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -41,6 +46,7 @@ _SIGNATURES = {
     "emulus_rotate_and_store": "ppppiipppppniiip",
     "emulus_attend": "piiippppniiipn",
     "emulus_choose": "pipiiiffippipn",
+    "emulus_blocks": "pipiiiippppppniifn",
 }
 
 _lock = threading.Lock()
@@ -201,9 +207,7 @@ def silu_mul(gate: Float[Tensor, "n size"], up: Float[Tensor, "n size"]) -> Floa
     if up.shape != gate.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} do not fit")
     result = torch.empty(n, size)
-    _loaded().emulus_silu_mul(
-        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), n, size, result.data_ptr()
-    )
+    _loaded().emulus_silu_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), n, size, result.data_ptr())
     return result
 
 
@@ -271,6 +275,73 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
             q.data_ptr(), q.stride(0), n, heads, where.base.data_ptr(), where.capacity.data_ptr(),
             where.position.data_ptr(), ready, _bfloat16(where.dtype), where.kv_heads, width, layer, result.data_ptr(),
             torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return result
+
+
+def matrix(
+    data: Tensor, scale: Tensor | None = None, low: Tensor | None = None, *, width: int, rounded: bool = False
+) -> Numbers:
+    """Describe a matrix for :func:`blocks`: what :func:`linear`, :func:`linear_int8` or :func:`linear_int4` takes.
+
+    Args:
+        data: Weights, or the whole numbers of quantised ones.
+        scale: Of quantised ones.
+        low: Of weights in 4 bits.
+        width: How many inputs.
+        rounded: As for :func:`linear_int4`.
+
+    Returns:
+        What :func:`blocks` needs to know of it; nothing where it cannot be multiplied with.
+    """
+    fits = data.is_cpu and all(part is None or part.is_contiguous() for part in (data, scale, low))
+    kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 4 if rounded else 3}
+    if not fits or data.dtype not in kinds:
+        return ()
+    addresses = (0 if part is None else part.data_ptr() for part in (data, scale, low))
+    return (kinds[data.dtype], *addresses, data.shape[0], width, 0 if low is None else low.shape[1])
+
+
+def blocks(
+    x: Float[Tensor, "n hidden"],
+    table: Int[Tensor, "layers numbers"],
+    *,
+    heads: int,
+    inner: int,
+    eps: float,
+    cos: Float[Tensor, "n d"],
+    sin: Float[Tensor, "n d"],
+    where: Where,
+) -> Float[Tensor, "n hidden"]:
+    """Compute all blocks of a decoder in one call: what the functions above give one by one, to the bit.
+
+    Args:
+        x: What goes into the first block.
+        table: Of each block: addresses of its norm, its MLP's norm, and the norms of queries and keys (0 for none);
+            1 if they are bfloat16; and :func:`matrix` of its projections (q, k, v, o, gate, up, down).
+        heads: Of queries.
+        inner: Width within the MLP.
+        eps: Of the norms.
+        cos: As for :func:`rotate_and_store`.
+        sin: Likewise.
+        where: The tokens' lanes and slots.
+    """
+    n, hidden = x.shape
+    width = where.head_dim
+    _check_where(where, n, width)
+    _check_rows(x, "x")
+    if table.shape[1] != BLOCK_NUMBERS or heads % where.kv_heads or cos.shape != (n, width) or sin.shape != (n, width):
+        raise ValueError(f"a table {tuple(table.shape)}, {heads} heads and cos {tuple(cos.shape)} do not fit")
+    for each, dtype, name in ((table, torch.int64, "table"), (cos, torch.float32, "cos"), (sin, torch.float32, "sin")):
+        _check_whole(each, dtype, name)
+    result = x.contiguous().clone()
+    ready = 0 if where.ready is None else where.ready.data_ptr()
+    _done(
+        _loaded().emulus_blocks(
+            table.data_ptr(), len(table), result.data_ptr(), n, hidden, inner, heads, cos.data_ptr(), sin.data_ptr(),
+            where.base.data_ptr(), where.capacity.data_ptr(), where.position.data_ptr(), ready,
+            _bfloat16(where.dtype), where.kv_heads, width, eps, torch.get_num_threads(),
         )
     )  # fmt: skip
     return result

@@ -23,8 +23,8 @@ class Where:
         dtype: Of the lanes, float32 or bfloat16.
         kv_heads: Key/value heads of a layer.
         head_dim: Width of a head.
-        ready: Address of each token's uint8 map ``(capacity,)``: a token sees only slots whose entry is not 0 (its
-            own always), and of a token whose address is 0 every one up to its position; ``None`` if that is all of them.
+        ready: Address of each token's uint8 map ``(capacity,)``: a token sees only slots whose entry is not 0, and
+            its own. A token whose address is 0 sees every slot up to its position; ``None`` where all tokens do.
     """
 
     base: Int[Tensor, " tokens"]

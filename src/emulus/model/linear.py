@@ -159,7 +159,9 @@ def _kernel(kernels: ModuleType, part: Tensor | Packed) -> Callable[[Tensor], Te
         fits = part.dtype in (torch.float32, torch.bfloat16) and part.is_contiguous()
         return partial(kernels.linear, weight=part) if fits else None
     if part.low is not None:
-        return partial(kernels.linear_int4, q=part.q, scale=part.scale, low=part.low)
+        four = partial(kernels.linear_int4, q=part.q, scale=part.scale, low=part.low)
+        # Beside what 4 bits have done to the weights, 8 bits do nothing to the inputs, and they are twice as fast.
+        return partial(four, rounded=True) if kernels is native else four
     if part.q.dtype == torch.int8:
         return partial(kernels.linear_int8, q=part.q, scale=part.scale)
     # Only GPUs know these floats.
