@@ -21,7 +21,6 @@ from emulus.errors import EmulusError
 from emulus.layouts.names import shape_in_transformers, vision_to_transformers
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.blocks import heavy_convolutions
-from emulus.tokenizer.vision.metrics import psnr
 from emulus.weights import on_meta
 
 Kind = Literal["fp32", "bf16"]
@@ -30,9 +29,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 PIXEL_TOLERANCE = 1e-4
 """How far pixels may be from transformers' in fp32."""
 NEARNESS = 1e-4
-"""How much farther, relatively, a code may be in fp32 where both choose differently: less than rounding moves it."""
+"""How much farther one's code may be than the other's in fp32, as a part of how far latents lie apart: a tie."""
 MEMORY_LIMIT = 2.5e9
 """Bytes that decoding the large picture may take."""
+CODEBOOK = "quantize.embedding.weight"
 SETTINGS = {"side": (256, "pixels of the timed pictures' sides"), "large": (512, "pixels of the memory case's sides")}
 
 TOY = VisionTokenizerConfig(ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(1,), codebook_size=512)
@@ -97,6 +97,8 @@ def encode(kind: Kind, options: Options) -> Case:
     """A picture to codes."""
     ours, theirs = _pair(kind, options)
     pixels = _pixels(_side(options))
+    _fit_codebook(ours, pixels)
+    theirs.get_parameter(vision_to_transformers(CODEBOOK)).data.copy_(ours.get_parameter(CODEBOOK))
     # They cut codes to these sizes, an eighth of the pixels' whatever the model.
     sizes = torch.tensor([pixels.shape[-2:]]) * (8 // ours.config.spatial_factor)
 
@@ -108,13 +110,14 @@ def encode(kind: Kind, options: Options) -> Case:
     flips = found != expected
     if kind == "fp32":
         far = _farther(ours, pixels, found, expected)
-        require(far <= NEARNESS, f"a code is {far:.1e} farther than transformers', relatively")
+        require(far <= NEARNESS, f"a code and transformers' are no tie: {far:.1e} of the latents' spread apart")
     return case(
         f"encode-{kind}",
         interleave(baseline, lambda: ours.encode(pixels), pairs=options.pairs, clock=options.clock),
         options,
         **_about(ours, kind, options),
         codes=flips.numel(),
+        different_codes=len(set(found.flatten().tolist())),
         codes_that_differ=int(flips.sum()),
     )
 
@@ -140,7 +143,6 @@ def decode(kind: Kind, options: Options) -> Case:
         **_about(ours, kind, options),
         pixels_differ_at_most=error,
         pixels_differ_relatively=relative,
-        psnr_to_fp32=round(float(psnr(found, expected)[0]), 1),
     )
 
 
@@ -208,13 +210,21 @@ def _grid(model: VisionTokenizer, pixels: Tensor) -> tuple[int, int]:
 
 
 @torch.inference_mode()
+def _fit_codebook(model: VisionTokenizer, pixels: Tensor) -> None:
+    """Spread the codes like the latents of the picture: where all are far away, one code would do for it."""
+    latents = model.latents(pixels).movedim(1, -1).flatten(0, -2)
+    codes = torch.randn(model.config.codebook_size, latents.shape[1], generator=torch.Generator().manual_seed(3))
+    model.get_parameter(CODEBOOK).data.copy_(latents.mean(0) + latents.std(0) * codes)
+
+
+@torch.inference_mode()
 def _farther(model: VisionTokenizer, pixels: Tensor, codes: Tensor, others: Tensor) -> float:
-    """How much farther from the latents, relatively, the one choice is than the other, where they differ most."""
+    """Where two choices differ most: how much farther the one is, as a part of the latents' spread."""
     latents = model.latents(pixels)[:, :, 0].double()
-    near, far = (
-        (latents - model.quantize.decode(each[:, None])[:, :, 0]).square().sum(1).sqrt() for each in (codes, others)
-    )
-    return float(((far - near).abs() / near.maximum(latents.square().sum(1).sqrt())).max())
+    chosen = (model.quantize.decode(each[:, None])[:, :, 0] for each in (codes, others))
+    near, far = ((latents - vectors).square().sum(1).sqrt() for vectors in chosen)
+    spread = latents.var(dim=(0, 2, 3)).sum().sqrt()
+    return float((far - near).abs().max() / spread)
 
 
 def _about(model: VisionTokenizer, kind: Kind, options: Options) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def test_info_of_published_models(published: Path, capsys: pytest.CaptureFixture
     gen = found["Emu3-Gen"]
     assert gen["decoder"]["context"] == 9216
     assert gen["decoder"]["parameters"] == found["Emu3-Gen-hf"]["decoder"]["parameters"]
-    assert set(gen["decoder"]["memory"]) == {"float32", "bfloat16", "int8", "int4"}
+    assert set(gen["decoder"]["memory"]) == {"float32", "bfloat16", "int8", "int4", "fp8"}
     words = gen["vocabulary"]["text"][1]
     assert gen["vocabulary"]["visual"] == [words + 211, words + 211 + 32_768]
     assert gen["vocabulary"]["specials"]["bos <|extra_203|>"] == words + 3 + 203

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import emulus
 from emulus.bundle import Bundle
+from emulus.engine import Jacobi, Request, Schedule, Sequential, Token, Zipar
+from emulus.engine.cache import Lane
 from emulus.errors import EmulusError
 from emulus.media import Clip
-from emulus.pipeline import Emulus
-from emulus.sequence import Image, Video
+from emulus.options import EngineOptions
+from emulus.pipeline import Emulus, _stripped
+from emulus.sequence import Image, Video, templates
+
+SCHEDULES = [Sequential(), Jacobi(window=6), Jacobi(), Zipar(window=1)]
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 60), size: int = 16) -> PILImage.Image:
@@ -42,11 +52,65 @@ def test_guidance_and_the_negative_prompt_matter(tiny: Emulus) -> None:
     assert len({plain.tobytes(), guided.tobytes(), away.tobytes()}) == 3
 
 
-def test_streaming_ends_with_the_same_picture(tiny: Emulus) -> None:
-    shown = list(tiny.stream_image("a red apple", seed=1))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_streaming_ends_with_the_same_picture(tiny: Emulus, schedule: Schedule) -> None:
+    """One picture a row, also where several rows are on their way, or come at once."""
+    model = Emulus(tiny.bundle, options=EngineOptions(schedule=schedule))
+    shown = list(model.stream_image("a red apple", seed=1))
+    whole = model.generate_image("a red apple", seed=1)
     assert len(shown) == 4
-    assert shown[0].getpixel((8, 15)) == (128, 128, 128)
-    assert shown[-1].tobytes() == tiny.generate_image("a red apple", seed=1).tobytes()
+    for number, so_far in enumerate(shown, start=1):
+        assert [so_far.getpixel((8, row)) == (128, 128, 128) for row in (3, 7, 11, 15)] == [
+            row >= number for row in range(4)
+        ]
+    assert shown[-1].tobytes() == whole.tobytes()
+    assert shown[-1].info == whole.info
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_length_of_a_drawing_is_known_before(tiny: Emulus, schedule: Schedule) -> None:
+    """So that a progress bar ends where the drawing does."""
+    engine = EngineOptions(schedule=schedule).engine(tiny.decoder, tiny.grammar)
+    prompts = [templates.draw(tiny.grammar, "a cat", 4, 5), templates.animate(tiny.grammar, "a cat", 2, 3, 2, 8.0)]
+    requests = [Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids) for prompt in prompts]
+    ids = [event for event in engine.events(requests) if isinstance(event, Token)]
+    assert len(ids) == engine.most_new_tokens(requests)
+
+
+def test_closing_a_stream_frees_its_memory(tiny: Emulus) -> None:
+    streams: list[Generator[object]] = [
+        tiny.stream_image("a cat"),
+        tiny.stream_video("a cat"),
+        tiny.stream_answer(picture(), "what is it?"),
+    ]
+    for stream in streams:
+        next(stream)
+        assert lanes()
+        stream.close()
+        assert not lanes()
+
+
+def lanes() -> list[Lane]:
+    """Keys and values of all sequences that there are."""
+    return [each for each in gc.get_objects() if type(each) is Lane]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_words_are_the_whole_answer(tiny: Emulus, temperature: float) -> None:
+    options: dict[str, Any] = {"temperature": temperature, "seed": 3, "max_new_tokens": 30}
+    pieces = list(tiny.stream_description(picture(), **options))
+    assert len(pieces) > 1
+    assert "".join(pieces) == tiny.describe(picture(), **options)
+    question = "what is it?"
+    assert "".join(tiny.stream_answer(picture(), question, **options)) == tiny.answer(picture(), question, **options)
+    talk = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": question}]}]
+    assert "".join(tiny.stream_chat(talk, **options)) == tiny.chat(talk, **options)
+
+
+@given(pieces=st.lists(st.text(alphabet=" \nab", max_size=3)))
+def test_blanks_around_streamed_words_are_left_away(pieces: list[str]) -> None:
+    assert "".join(_stripped(pieces)) == "".join(pieces).strip()
+    assert all(_stripped(pieces))
 
 
 def test_streaming_a_clip(tiny: Emulus) -> None:

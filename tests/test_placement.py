@@ -53,25 +53,30 @@ def test_emu3_as_published() -> None:
             "float32": 33_968_046_080,
             "bfloat16": 16_984_023_040,
             # Seven matrices a block: 1 byte each weight and 4 each row; or 1/2 byte each, and 4 for each 64.
-            "int8": (blocks := 32 * 218_103_808) + 4 * 32 * (4 * 4096 - 4096 + 2 * 1024 + 2 * 14336) + other(),
-            "int4": blocks // 2 + blocks // 64 * 4 + other(),
+            # The head has 1 byte each weight and 4 each row.
+            "int8": (eight := 32 * 218_103_808 + 4 * 32 * (4 * 4096 - 4096 + 2 * 1024 + 2 * 14336) + beside_blocks()),
+            "int4": 32 * (218_103_808 // 2 + 218_103_808 // 64 * 4) + beside_blocks(),
+            "fp8": eight,
         },
         "kv_per_token": {"float32": 262_144, "bfloat16": 131_072},
     }
 
 
-def other() -> int:
-    """What stays bfloat16 in Emu3: embedding, head, norms."""
-    return 2 * (2 * 184_622 * 4096 + 65 * 4096)
+TABLE = 184_622 * 4096
+
+
+def beside_blocks() -> int:
+    """Bytes of a quantised Emu3's embedding, norms and head."""
+    return 2 * (TABLE + 65 * 4096) + TABLE + 4 * 184_622
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4", "fp8"])
 def test_footprint_is_what_a_loaded_decoder_takes(tmp_path: Path, kind: Kind, tied: bool) -> None:
     config = sized("tiny", vocab_size=50, num_hidden_layers=2, intermediate_size=100, tie_word_embeddings=tied)
     save_decoder(Decoder(config), tmp_path)
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    model = load_decoder(tmp_path, dtype, quantize=kind if kind in ("int8", "int4") else None)
+    model = load_decoder(tmp_path, dtype, quantize=None if kind in ("float32", "bfloat16") else kind)
     tensors = [*model.parameters(), *model.buffers()]
     assert footprint(config, kind) == sum(tensor.nbytes for tensor in tensors)
     layout = CacheLayout.of(config, [CPU] * config.num_hidden_layers, dtype)
@@ -123,19 +128,26 @@ def test_a_tied_table_lies_with_the_head() -> None:
     assert placement.first == placement.last == GPU
 
 
+def test_a_tied_table_whose_head_is_quantised_lies_where_it_is_read() -> None:
+    config = sized("tiny", vocab_size=50_000, hidden_size=1024, num_hidden_layers=12, tie_word_embeddings=True)
+    room = {"cuda:0": footprint(config, "int8") * 2 // 3, "cpu": GIB}
+    placement = plan(config, dtype=torch.bfloat16, quantize="int8", max_memory=room, kv_tokens=100)
+    assert (placement.first, placement.last) == (CPU, GPU)
+
+
 def test_refusals_say_what_would_fit() -> None:
     message = refusal({"cpu": 22}, dtype=torch.float32)
     assert message.startswith("the decoder needs 37.1 GiB (31.6 GiB of weights in dtype float32, 4.5 GiB of keys and")
     assert "there is 22.0 GiB on cpu; what fits: dtype bfloat16 (19.1 GiB); or int8 with dtype bfloat16" in message
     message = refusal({"cuda:0": 11, "cpu": 64}, device="cuda")
     assert message.endswith(
-        "11.0 GiB on cuda:0; what fits: int4 with dtype bfloat16 (9.5 GiB); "
+        "11.0 GiB on cuda:0; what fits: int4 with dtype bfloat16 (8.7 GiB); "
         "or device auto, over all devices, in dtype bfloat16"
     )
     message = refusal({"cuda:0": 6, "cpu": 8}, device="cuda", quantize="int8")
     assert message.endswith("what fits: device auto, over all devices, in int8 with dtype bfloat16")
-    assert refusal({"cpu": 4}).endswith("nothing smaller fits either: int4 with dtype bfloat16 needs 9.5 GiB")
-    assert refusal({"cpu": 4}, quantize="int4").endswith("int4 with dtype bfloat16 needs 9.5 GiB")
+    assert refusal({"cpu": 4}).endswith("nothing smaller fits either: int4 with dtype bfloat16 needs 8.7 GiB")
+    assert refusal({"cpu": 4}, quantize="int4").endswith("int4 with dtype bfloat16 needs 8.7 GiB")
 
 
 def test_keys_and_values_need_room() -> None:
@@ -179,18 +191,19 @@ def test_the_memory_of_this_machine() -> None:
 )
 def test_no_device_is_given_more_than_it_has(rooms: list[float], cpu: float, dtype: torch.dtype, quantize: Any) -> None:
     room = {**{f"cuda:{index}": int(size * GIB) for index, size in enumerate(rooms)}, "cpu": int(cpu * GIB)}
-    table = 184_622 * 4096 * dtype.itemsize
+    table = TABLE * dtype.itemsize
+    head = table if quantize is None else TABLE
     block = {None: 218_103_808 * dtype.itemsize, "int8": 218_103_808, "int4": 218_103_808 // 2}[quantize]
     try:
         placement = plan(EMU3, dtype=dtype, quantize=quantize, max_memory=room)
     except EmulusError:
         # All together they are short; what may stay unused on each is room for work and less than the largest part.
-        needed = other() * dtype.itemsize // 2 + 32 * block + KV_TOKENS * kv_bytes_per_token(EMU3, dtype)
+        needed = table + head + 32 * block + KV_TOKENS * kv_bytes_per_token(EMU3, dtype)
         assert sum(room.values()) < 1.2 * needed + len(room) * (GIB + table)
         return
     kv = KV_TOKENS * kv_bytes_per_token(EMU3, dtype) // 32
     for device in placement.devices:
-        held = table * ((placement.first == device) + (placement.last == device))
+        held = table * (placement.first == device) + head * (placement.last == device)
         held += (block + kv) * placement.layers.count(device)
         assert held < room[str(device)]
 

@@ -26,7 +26,7 @@ from emulus.layouts import Contents, inspect_folder, read_text, with_vision
 from emulus.log import logger
 from emulus.model import Decoder, save_decoder
 from emulus.model.quantize import Quantization
-from emulus.model.weights import load_decoder_from
+from emulus.model.weights import check_stored, expected_shapes, load_decoder_from
 from emulus.placement import free_memory, plan
 from emulus.presets import GenerationDefaults, defaults_of, preset_called, tasks_of
 from emulus.shards import dtypes_of
@@ -115,7 +115,8 @@ def load_bundle(
             hold.
         dtype: Of the decoder's weights: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32, on a GPU bfloat16
             for large models; ``None`` keeps the file's. The vision tokenizer stays in float32.
-        quantize: ``int8`` or ``int4`` for the decoder's projections.
+        quantize: ``int8``, ``int4`` or ``fp8`` for the decoder's projections and head. A folder that is quantised
+            already stays what it is.
         max_memory: Bytes that the decoder may take on each device; by default what is free.
         revision: Of a model on the hub.
         preset: Whose prompts, sequences and defaults; by default what the folder looks like.
@@ -131,11 +132,12 @@ def load_bundle(
     if vision is not None:
         contents = with_vision(contents, fetch(vision))
     kind = pick_dtype(dtype, device, contents)
+    bits = check_stored(contents.folder, contents.quantized, quantize)
     # First, so that the decoder is planned into what is left.
     painter = _load_vision(contents, device)
     text = read_text(contents)
     return Bundle(
-        decoder=_load_decoder(contents, device, kind, quantize, max_memory),
+        decoder=_load_decoder(contents, device, kind, bits, max_memory),
         vision=painter,
         text=text,
         vocabulary=contents.vocabulary,
@@ -143,7 +145,7 @@ def load_bundle(
         preset=contents.preset,
         tasks=tasks_of(contents),
         source=str(path) if folder == Path(path) else f"{str(path).partition('@')[0]}@{folder.name}",
-        loading={"dtype": str(kind).removeprefix("torch."), "quantize": str(quantize or "no")},
+        loading={"dtype": str(kind).removeprefix("torch."), "quantize": str(bits or "no")},
         default_vision=_default_vision(contents),
     )
 
@@ -198,7 +200,13 @@ def _load_decoder(
     if len(where.devices) > 1:
         logger.info("%s: %s", contents.folder, where)
     return load_decoder_from(
-        config, contents.decoder_tensors, dtype=dtype, device=where, quantize=quantize, folder=contents.folder
+        config,
+        contents.decoder_tensors,
+        dtype=dtype,
+        device=where,
+        quantize=quantize,
+        stored=contents.quantized,
+        folder=contents.folder,
     )
 
 
@@ -218,12 +226,14 @@ def pick_dtype(dtype: torch.dtype | str | None, device: str, contents: Contents)
         EmulusError: It is none that can be computed in.
     """
     if dtype is None:
-        kinds = (kind for kind in dtypes_of(contents.decoder_tensors).values() if kind.is_floating_point)
-        return next(kinds, torch.float32)
+        # What is quantised has types of its own, whatever is computed in.
+        whole = {name: it for name, it in contents.decoder_tensors.items() if name.endswith(".weight")}
+        return next((kind for kind in dtypes_of(whole).values() if kind.is_floating_point), torch.float32)
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
-        elements = sum(math.prod(stored.shape) for stored in contents.decoder_tensors.values())
+        shapes = expected_shapes(contents.decoder) if contents.decoder else {}
+        elements = sum(math.prod(shape) for shape in shapes.values())
         on_gpu = pick_device(device).type == "cuda"
         return torch.bfloat16 if on_gpu and elements >= _LARGE else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": ("evaluate", "evaluate", "measure a model on held-out data"),
     "info": ("info", "info", "say what a model or a recipe is"),
     "convert": ("convert", "convert", "write a model in another layout (released, transformers, emulus)"),
+    "quantize": ("quantize", "quantize", "write a model in fewer bits (int8, int4, fp8)"),
     "demo": ("demo", "demo", "show the committed model and train a tiny one; writes a report page"),
 }
 

@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
+# Always a rate, where tqdm would turn a slow one into seconds for each.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
 logger = logging.getLogger("emulus")
 
 
@@ -24,8 +27,10 @@ def set_up_logging() -> None:
 
 
 def progress_bar(total: int, *, what: str, unit: str) -> "tqdm[Any]":
-    """A bar on stderr to be moved by hand, shown only on a terminal."""
-    return tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+    """A bar on stderr to be moved by hand, with a rate and the time that is left; shown only on a terminal."""
+    # miniters: what comes in bursts is shown as it comes.
+    on_terminal = sys.stderr.isatty()
+    return tqdm(total=total, desc=what, unit=unit, bar_format=_BAR, miniters=1, disable=not on_terminal, leave=False)
 
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:

@@ -21,10 +21,10 @@ import torch
 from emulus.device import pick_device
 from emulus.errors import EmulusError
 from emulus.model.config import DecoderConfig
-from emulus.model.quantize import Quantization, check_kind, is_projection, quantized_bytes
+from emulus.model.quantize import HEAD, Quantization, check_kind, kind_of, quantized_bytes
 from emulus.model.weights import expected_shapes
 
-Kind = Literal["float32", "bfloat16", "int8", "int4"]
+Kind = Literal["float32", "bfloat16", "int8", "int4", "fp8"]
 
 KV_TOKENS = 2 * 9216
 """Tokens whose keys and values find room unless asked otherwise: a guided picture of the released size, two rows."""
@@ -101,7 +101,7 @@ def plan(
         config: The decoder's shape.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; a device that is named holds everything.
         dtype: What is computed in.
-        quantize: How many bits the projections keep.
+        quantize: How many bits projections and head keep.
         max_memory: Bytes that may be taken on each device (``cuda:0``, ``cpu``); others are not used. By default, what
             is free on each.
         kv_tokens: Tokens in flight, over all rows of a batch.
@@ -144,7 +144,7 @@ def footprint(config: DecoderConfig, kind: Kind) -> int:
 
     Args:
         config: Its shape.
-        kind: ``float32`` or ``bfloat16`` throughout, or the projections in ``int8`` or ``int4`` and the rest in
+        kind: ``float32`` or ``bfloat16`` throughout, or quantised in ``int8``, ``int4`` or ``fp8`` and the rest in
             bfloat16.
     """
     return _types(config, kind).weights
@@ -202,8 +202,12 @@ class _Wish:
         embedding, block, head = _weight_bytes(self.config, self.dtype, self.quantize)
         layers = self.config.num_hidden_layers
         blocks = [block + self.kv // layers] * layers
-        # A tied table is one tensor. It lies with the head, which reads all of it at every step.
-        return [0, *blocks, embedding + head] if self.config.tie_word_embeddings else [embedding, *blocks, head]
+        return [0, *blocks, embedding + head] if self.shares_table else [embedding, *blocks, head]
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether embedding and head are one tensor. It lies with the head, which reads all of it at every step."""
+        return self.config.tie_word_embeddings and self.quantize is None
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -220,11 +224,13 @@ def _types(config: DecoderConfig, kind: Kind) -> _Wish:
 def _weight_bytes(config: DecoderConfig, dtype: torch.dtype, quantize: Quantization | None) -> tuple[int, int, int]:
     """Bytes of the embedding, of one block, and of the final norm and head."""
     embedding, block, head = 0, 0, 0
-    for name, shape in expected_shapes(replace(config, num_hidden_layers=1)).items():
-        if quantize is not None and is_projection(name):
-            size = quantized_bytes(shape, quantize)
-        else:
-            size = torch.Size(shape).numel() * dtype.itemsize
+    shapes = expected_shapes(replace(config, num_hidden_layers=1))
+    if quantize is not None and config.tie_word_embeddings:
+        # A quantised head is a matrix of its own.
+        shapes[HEAD] = shapes["model.embed_tokens.weight"]
+    for name, shape in shapes.items():
+        bits = None if quantize is None else kind_of(name, quantize)
+        size = torch.Size(shape).numel() * dtype.itemsize if bits is None else quantized_bytes(shape, bits)
         if name.startswith("model.layers."):
             block += size
         elif name.startswith("model.embed_tokens."):
@@ -246,7 +252,7 @@ def _place(wish: _Wish, room: Room) -> Placement | None:
         if sum(parts[:rest]) + wish.work > room.get(_CPU, 0):
             return None
         places = [_CPU] * rest + places
-    first = places[-1] if wish.config.tie_word_embeddings else places[0]
+    first = places[-1] if wish.shares_table else places[0]
     return Placement(first=first, layers=tuple(places[1:-1]), last=places[-1])
 
 

@@ -185,3 +185,19 @@ def test_null_prompts_may_end_differently() -> None:
     request = dataclasses.replace(REQUESTS[0], prompt_ids=prompt.ids, null_ids=null)
     (result,) = ENGINE.generate([request])
     assert list(result.ids) == naive(request, len(result.ids))
+
+
+def test_a_kept_traceback_holds_no_memory() -> None:
+    """As in a notebook, which keeps the last error with all that its frames refer to."""
+    stream = ENGINE.events(REQUESTS)
+    next(stream)
+    frame = stream.gi_frame
+    assert frame is not None
+    scheduler = frame.f_locals["scheduler"]
+    lanes = [track.lane for running in scheduler._running for track in running.tracks]
+    assert any(lane.memory for lane in lanes)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        stream.throw(KeyboardInterrupt())
+    assert not any(lane.memory for lane in lanes)
+    assert scheduler.kv_bytes == 0
+    assert caught.tb is not None

@@ -14,6 +14,7 @@ import emulus
 from emulus.errors import EmulusError
 from emulus.media import check_writable, write_image, write_video
 from emulus.model.quantize import Quantization
+from emulus.options import ScheduleName, schedule_called
 
 Options = TypeVar("Options")
 MODEL = Path("checkpoints/emoji")
@@ -31,6 +32,12 @@ class ModelOptions:
         quantize: Fewer bits for most of the decoder's weights.
         preset: Whose prompts and defaults, if the model's folder does not look like it.
         compat: ``released`` repeats the released code where Emulus does better.
+        schedule: How ids are computed. sequential: one after another. jacobi: guessed ahead and checked; the same
+            result in fewer steps. zipar: several rows at a time; fewer steps, another picture. auto: jacobi where it is
+            the same to the bit (on a CPU), else sequential.
+        window: Of jacobi, how many ids are guessed at once; by default whatever is fastest. Of zipar, how many columns
+            a row is behind the one above it, 16 by default; fewer is faster and worse.
+        batch_size: Most pictures or captions that are computed together; more take more memory.
     """
 
     model: str = str(MODEL)
@@ -40,6 +47,9 @@ class ModelOptions:
     quantize: Quantization | None = None
     preset: Literal["native", "emu3", "emu3-base", "emu3.5"] | None = None
     compat: Literal["released"] | None = None
+    schedule: ScheduleName = "auto"
+    window: int | None = None
+    batch_size: int = 8
 
     def load(self) -> emulus.Emulus:
         """The model."""
@@ -51,6 +61,8 @@ class ModelOptions:
             quantize=self.quantize,
             preset=self.preset,
             compat=self.compat,
+            schedule=schedule_called(self.schedule, self.window),
+            batch_size=self.batch_size,
         )
 
 
@@ -173,10 +185,16 @@ def describe(arguments: Sequence[str]) -> None:
     options = _parse(DescribeOptions, arguments, "emulus describe")
     model = options.load()
     sampling = _values(options, ("seed", "temperature", "max_new_tokens", "max_pixels"))
-    if options.question is None:
+    if options.question is None and len(options.file) > 1:
         print("\n".join(model.describe_all(options.file, **sampling)))
+        return
+    if options.question is None:
+        pieces = model.stream_description(options.file[0], **sampling)
     else:
-        print(model.answer(options.file, options.question, **sampling))
+        pieces = model.stream_answer(options.file, options.question, **sampling)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def continue_(arguments: Sequence[str]) -> None:

@@ -64,8 +64,14 @@ def describe_contents(contents: Contents) -> dict[str, Any]:
         found["preset"] = contents.preset
         found["decoder"] = {
             "parameters": table["parameters"],
+            "quantized": contents.quantized or "no",
             "context": contents.decoder.max_position_embeddings,
-            "memory": {kind: _size(count) for kind, count in table["weights"].items()},
+            "memory": {
+                kind: _size(count)
+                for kind, count in table["weights"].items()
+                # What is quantised has no other form.
+                if contents.quantized in (None, kind)
+            },
             "memory_per_token": {kind: _size(count) for kind, count in table["kv_per_token"].items()},
             "on_disk": _on_disk(contents.decoder_tensors),
             "config": contents.decoder.to_dict(),

@@ -82,6 +82,11 @@ class Lane:
         """Keys and values of the ``index``-th layer on a device."""
         return self.memory[device][index]
 
+    def free(self) -> None:
+        """Give the memory back, though the lane itself may still be held somewhere, as by a traceback."""
+        self.memory = {}
+        self.ready = None
+
     def begin_like(self, other: Lane, length: int) -> None:
         """Take over the first ``length`` tokens of another lane of the same decoder."""
         for device, memory in self.memory.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
@@ -92,20 +92,23 @@ class Engine:
                 results[event.request] = event.result
         return [results[index] for index in range(len(requests))]
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """Generate one request, giving each event as it happens; closing the iterator cancels."""
         return self.events([request])
 
-    def events(self, requests: Sequence[Request], *, batch_size: int = 8) -> Iterator[Event]:
+    def events(self, requests: Sequence[Request], *, batch_size: int = 8) -> Generator[Event, None, None]:
         """Generate everything, giving each event as it happens; closing the iterator cancels.
 
         Arguments and errors are those of :meth:`generate`.
         """
         scheduler = self.scheduler(batch_size)
-        for index, request in enumerate(requests):
-            scheduler.submit(self.walk(index, request))
-        while scheduler.busy:
-            yield from scheduler.step()
+        try:
+            for index, request in enumerate(requests):
+                scheduler.submit(self.walk(index, request))
+            while scheduler.busy:
+                yield from scheduler.step()
+        finally:
+            scheduler.close()
 
     def scheduler(self, most_running: int = 8, *, ahead: int | None = None) -> Scheduler:
         """What runs requests together, for those who submit and cancel them as they come.

@@ -120,7 +120,7 @@ class Runner:
         self._layers = tuple(_layers(decoder))
         devices = [layer.device for layer in self._layers]
         together = {*devices, self._embedding.device, self._norm.device} == {self.device}
-        self._kernels = _kernels(self.device, decoder.config.head_width) if together else None
+        self._kernels = _kernels(self._norm, decoder.config.head_width) if together else None
         self._graphs = Graphs(self._compute)
         self._table = _table(self._layers) if self._kernels is native else None
         self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels, kv_dtype))
@@ -129,6 +129,11 @@ class Runner:
     def device(self) -> torch.device:
         """Where hidden states come out, and the head is."""
         return self._norm.device
+
+    @property
+    def steady(self) -> bool:
+        """Whether what comes out for a token is the same to the bit, whatever is computed in the same step."""
+        return self._table is not None and bool(_numbers(self._head))
 
     def new_lane(self, capacity: int) -> Lane:
         """Room for one sequence of at most ``capacity`` tokens.
@@ -336,11 +341,15 @@ def _row(layer: _Layer) -> list[int]:
     row = [0 if norm is None else norm.data_ptr() for norm in norms]
     row.append(int(layer.norm.dtype == torch.bfloat16))
     for weight in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down):
-        if isinstance(weight, QuantizedLinear):
-            row += native.matrix(*weight.packed(), width=weight.in_features, rounded=True)
-        elif isinstance(weight, Tensor):
-            row += native.matrix(weight, width=weight.shape[1])
+        row += _numbers(weight)
     return row
+
+
+def _numbers(weight: Weight) -> native.Numbers:
+    if isinstance(weight, QuantizedLinear):
+        return native.matrix(*weight.packed(), width=weight.in_features, rounded=True)
+    assert isinstance(weight, Tensor), "a plain matrix, or a quantised one"
+    return native.matrix(weight, width=weight.shape[1])
 
 
 def _weight(module: nn.Module) -> Weight:
@@ -370,12 +379,12 @@ def _cache_dtype(decoder: Decoder, kernels: ModuleType | None, wanted: torch.dty
     return torch.bfloat16 if short and kernels is not None else torch.float32
 
 
-def _kernels(device: torch.device, head_dim: int) -> ModuleType | None:
-    """Kernels for few tokens on this device, if there are."""
-    if device.type == "cuda":
+def _kernels(norm: Tensor, head_dim: int) -> ModuleType | None:
+    """Kernels for few tokens where this norm is and for what it is, if there are."""
+    if norm.is_cuda:
         return gpu if gpu.available() else None
-    fits = device.type == "cpu" and head_dim % 2 == 0 and head_dim <= native.MOST_HEAD_DIM
-    return native if fits and native.available() else None
+    fits = norm.dtype in (torch.float32, torch.bfloat16) and head_dim % 2 == 0 and head_dim <= native.MOST_HEAD_DIM
+    return native if norm.is_cpu and fits and native.available() else None
 
 
 def _checked(feed: Feed) -> Sequence[int]:

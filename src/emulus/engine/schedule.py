@@ -113,17 +113,18 @@ class Zipar:
     """Begin a row of cells before the row above is whole. Fewer steps, but not the same picture: lossy.
 
     Attributes:
-        window: How many columns the row above must be ahead; as wide as the picture or wider is nearly
-            :class:`Sequential` (only a row's last id is not seen by the end of the row).
+        window: How many columns the row above must be ahead, by default half of them; as wide as the picture or wider
+            is :class:`Sequential`.
 
     Source: ZipAR (arXiv:2412.04062).
     """
 
-    window: int = 16
+    window: int | None = None
     exact = False
 
     def __post_init__(self) -> None:
-        at_least(1, window=self.window)
+        if self.window is not None:
+            at_least(1, window=self.window)
 
     def course(self, walk: Walk, pace: Pace) -> Course:
         """Begin with a request."""
@@ -239,7 +240,7 @@ class _Run:
 class _Rows:
     """Course of several rows at a time; outside of pictures and clips one id after another."""
 
-    def __init__(self, walk: Walk, window: int) -> None:
+    def __init__(self, walk: Walk, window: int | None) -> None:
         self._walk = walk
         self._window = window
         self._single = _Ahead(walk, _Fixed(1))
@@ -291,7 +292,8 @@ class _Rows:
         """The rows that may go on now, and whole ones whose last cell has not been computed yet."""
         above: _Run | None = None
         for row in self._rows:
-            ahead = above is None or above.whole or above.columns >= row.columns + self._window
+            lead = self._window or -(-row.width // 2)
+            ahead = above is None or above.whole or above.columns >= row.columns + lead
             if row.whole or ahead:
                 if row.fed < len(row.ids):
                     yield row

@@ -173,6 +173,12 @@ class Scheduler:
         for running in [each for each in self._running if each.walk.index == request]:
             self._release(running)
 
+    def close(self) -> None:
+        """Forget all requests, and free their memory even where somebody still holds on to what they were."""
+        self._queue.clear()
+        for running in list(self._running):
+            self._release(running)
+
     def step(self) -> list[Event]:
         """Let requests in, compute a part of their prompts, and one step of all whose prompts are computed."""
         events = self._admit()
@@ -286,7 +292,8 @@ class Scheduler:
     def _release(self, running: _Running) -> None:
         self._running.remove(running)
         self._budget.take(self._need(running.walk), sign=-1)
-        running.tracks.clear()
+        for track in running.tracks:
+            track.lane.free()
 
 
 def _next(ask: Ask, forced: int) -> Ask:

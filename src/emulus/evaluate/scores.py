@@ -50,7 +50,7 @@ def score(
         For each document the natural logarithms of the scored ids' probabilities, in order.
     """
     scores: list[Scores] = [np.empty(0)] * len(documents)
-    device = decoder.lm_head.weight.device
+    device = decoder.model.norm.weight.device
     capacity = max(row_ids, *(len(document) for document in documents)) if documents else row_ids
     rows = pack([len(document) for document in documents], capacity)
     with evaluating(decoder):

@@ -8,6 +8,7 @@
 // V is 16 floats: one AVX-512 register, two AVX2 registers, or whatever the compiler makes of a vector.
 // EMULUS_AVX2 and EMULUS_PORTABLE choose the lesser ones on a machine that has more.
 
+#include <type_traits>
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -799,6 +800,7 @@ void product(const W& w, const float* x, int64_t n, int64_t x_stride, int64_t in
 // Slots whose weights are taken relative to one maximum. Their parts are put together in order, so that it does not
 // matter who computed them.
 constexpr int64_t SPAN = 512;
+constexpr int64_t SLOTS_AHEAD = 6144;  // bytes of keys or values that are on their way
 constexpr int MOST_HEADS = 8;
 constexpr int MOST_WIDTH = 256;
 
@@ -830,55 +832,87 @@ INLINE void merge(Part& into, const Part& from, int64_t width) {
         store(into.values + i, fma(load(into.values + i), a, mul(load(from.values + i), b)));
 }
 
-// VECTORS: of a head; 0 where that is known only now.
-template <class T, int VECTORS>
+// Scores of 16 slots for HEADS heads, whose rows lie SPAN apart. VECTORS: of a head; 0 where that is known only now.
+template <class T, int VECTORS, int HEADS>
 INLINE void score(const T* keys, int64_t width, int64_t vectors, const float* q, int count, float* scores) {
     if constexpr (VECTORS > 0) vectors = VECTORS;
-    V totals[16];
+    V totals[HEADS][16];
     for (int s = 0; s < 16; s++) {
         const T* key = keys + std::min(s, count - 1) * width;
-        V total = zero();
-        if constexpr (VECTORS > 0) {
-#pragma GCC unroll 16
-            for (int i = 0; i < VECTORS; i++) total = fma(load(q + i * 16), load(key + i * 16), total);
-        } else {
-            for (int64_t i = 0; i < vectors; i++) {
-                const int left = (int)std::min<int64_t>(16, width - i * 16);
-                total = fma(load(q + i * 16), left < 16 ? load(key + i * 16, left) : load(key + i * 16), total);
-            }
+        for (int64_t at = 0; at < width * (int64_t)sizeof(T); at += 64) prefetch((const uint8_t*)key + SLOTS_AHEAD + at);
+        V total[HEADS];
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) total[h] = zero();
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < vectors; i++) {
+            const int left = VECTORS > 0 ? 16 : (int)std::min<int64_t>(16, width - i * 16);
+            // Each key is read, and made wide, once for all heads.
+            const V part = left < 16 ? load(key + i * 16, left) : load(key + i * 16);
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++) total[h] = fma(load(q + (h * vectors + i) * 16), part, total[h]);
         }
-        totals[s] = total;
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) totals[h][s] = total[h];
     }
-    store(scores, sums(totals));
+    for (int h = 0; h < HEADS; h++) store(scores + h * SPAN, sums(totals[h]));
 }
 
-template <class T, int VECTORS>
+template <class T, int VECTORS, int HEADS>
 INLINE void weigh(const T* values, int64_t width, int64_t vectors, const float* weights, int64_t count,
-                  const uint8_t* seen, float* result) {
+                  const uint8_t* seen, Part* parts) {
     if constexpr (VECTORS > 0) {
-        V totals[VECTORS];
-#pragma GCC unroll 16
-        for (int i = 0; i < VECTORS; i++) totals[i] = load(result + i * 16);
+        V totals[HEADS][VECTORS];
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) totals[h][i] = load(parts[h].values + i * 16);
         for (int64_t s = 0; s < count; s++) {
             if (seen && !seen[s]) continue;  // what lies there may be anything
-            const V weight = all(weights[s]);
-#pragma GCC unroll 16
-            for (int i = 0; i < VECTORS; i++) totals[i] = fma(weight, load(values + s * width + i * 16), totals[i]);
+            const uint8_t* ahead = (const uint8_t*)(values + s * width) + SLOTS_AHEAD;
+            for (int64_t at = 0; at < width * (int64_t)sizeof(T); at += 64) prefetch(ahead + at);
+            V value[VECTORS];
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) value[i] = load(values + s * width + i * 16);
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++) {
+                const V weight = all(weights[h * SPAN + s]);
+#pragma GCC unroll 8
+                for (int i = 0; i < VECTORS; i++) totals[h][i] = fma(weight, value[i], totals[h][i]);
+            }
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < VECTORS; i++) store(result + i * 16, totals[i]);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++) store(parts[h].values + i * 16, totals[h][i]);
     } else {
         for (int64_t s = 0; s < count; s++) {
             if (seen && !seen[s]) continue;
-            const V weight = all(weights[s]);
-            for (int64_t i = 0; i < vectors; i++) {
-                const T* p = values + s * width + i * 16;
-                const int left = (int)std::min<int64_t>(16, width - i * 16);
-                const V value = left < 16 ? load(p, left) : load(p);
-                store(result + i * 16, fma(weight, value, load(result + i * 16)));
+            for (int h = 0; h < HEADS; h++) {
+                const V weight = all(weights[h * SPAN + s]);
+                float* result = parts[h].values;
+                for (int64_t i = 0; i < vectors; i++) {
+                    const T* p = values + s * width + i * 16;
+                    const int left = (int)std::min<int64_t>(16, width - i * 16);
+                    const V value = left < 16 ? load(p, left) : load(p);
+                    store(result + i * 16, fma(weight, value, load(result + i * 16)));
+                }
             }
         }
     }
+}
+
+// Calls run(first head, how many) for heads in sets whose sums fit the registers.
+template <int VECTORS, class F>
+INLINE void in_sets(int heads, const F& run) {
+    constexpr int MOST = VECTORS == 4 ? 4 : VECTORS == 8 ? 2 : 1;
+    int h = 0;
+    if constexpr (MOST >= 4)
+        for (; h + 4 <= heads; h += 4) run(h, std::integral_constant<int, 4>());
+    if constexpr (MOST >= 4)
+        for (; h + 3 <= heads; h += 3) run(h, std::integral_constant<int, 3>());
+    if constexpr (MOST >= 2)
+        for (; h + 2 <= heads; h += 2) run(h, std::integral_constant<int, 2>());
+    for (; h < heads; h++) run(h, std::integral_constant<int, 1>());
 }
 
 // Attention of some query heads, which share keys and values, over the slots from `begin` to before `end`.
@@ -897,8 +931,9 @@ void attend_span(const Lanes& lanes, int64_t token, int64_t kv_head, const float
     }
     for (int64_t s = 0; s < count; s += 16) {
         const int some = (int)std::min<int64_t>(16, count - s);
-        for (int h = 0; h < heads; h++)
-            score<T, VECTORS>(keys + s * width, width, vectors, q + h * padded, some, scores[h] + s);
+        in_sets<VECTORS>(heads, [&](int h, auto set) {
+            score<T, VECTORS, set.value>(keys + s * width, width, vectors, q + h * padded, some, scores[h] + s);
+        });
     }
     const int64_t filled = (count + 15) / 16 * 16;
     for (int h = 0; h < heads; h++) {
@@ -924,11 +959,12 @@ void attend_span(const Lanes& lanes, int64_t token, int64_t kv_head, const float
         for (int64_t s = 0; s < filled; s += 16) total = add(total, load(scores[h] + s));
         parts[h].total = sum(total);
     }
+    if (parts[0].largest == MINUS_INFINITY) return;  // nothing is seen here, by any head
     for (int64_t s = 0; s < count; s += 64)
-        for (int h = 0; h < heads; h++)
-            if (parts[h].largest != MINUS_INFINITY)
-                weigh<T, VECTORS>(values + s * width, width, vectors, scores[h] + s, std::min<int64_t>(64, count - s),
-                                  watched ? seen + s : nullptr, parts[h].values);
+        in_sets<VECTORS>(heads, [&](int h, auto set) {
+            weigh<T, VECTORS, set.value>(values + s * width, width, vectors, scores[h] + s,
+                                         std::min<int64_t>(64, count - s), watched ? seen + s : nullptr, parts + h);
+        });
 }
 
 template <class T, int VECTORS>

@@ -153,8 +153,8 @@ def linear_int4(
         q: Two inputs in a byte, the first in its low half; whole groups, 32 bytes each.
         scale: bfloat16.
         low: bfloat16.
-        rounded: Round each token's activations to 8 bits, 64 neighbours at a scale. Twice as fast; moves a product by
-            about 0.5 % of its size, where 4-bit weights have moved it by some 10 %.
+        rounded: Round each token's activations to 8 bits, 64 neighbours at a scale. 1.6 to 2 times as fast;
+            moves a product by 0.6 % of its size, where 4-bit weights have moved it by 9 % (normal numbers).
     """
     n, width = x.shape
     rows, groups = scale.shape

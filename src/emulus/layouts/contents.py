@@ -15,7 +15,8 @@ from emulus.layouts import configs
 from emulus.layouts.names import from_transformers, vision_from_transformers
 from emulus.layouts.vocabulary import check_roles, from_lines, from_map, known
 from emulus.model.config import DecoderConfig
-from emulus.model.weights import expected_shapes
+from emulus.model.quantize import Quantization
+from emulus.model.weights import expected_shapes, read_config
 from emulus.tokenizer.text import EMU3_FILE, TIKTOKEN_FILE, TOKENIZERS_FILE, TextTokenizer, transformers_ids
 from emulus.tokenizer.vision.config import MODEL_TYPE as RELEASED_VISION
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
@@ -41,6 +42,7 @@ class Contents:
         layout: Which files it is made of. A vision tokenizer by itself is the same in our and the released layout.
         decoder: The decoder's config, if there is a decoder.
         decoder_tensors: Under our names.
+        quantized: How many bits the decoder's projections have in the files, if they are not whole.
         vision: The vision tokenizer's config, if there is one.
         vision_tensors: Under our names.
         vocabulary: Which id means what, if the folder says so or its size is a published model's.
@@ -55,6 +57,7 @@ class Contents:
     layout: Layout
     decoder: DecoderConfig | None = None
     decoder_tensors: Tensors = field(default_factory=dict)
+    quantized: Quantization | None = None
     vision: VisionTokenizerConfig | None = None
     vision_tensors: Tensors = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
@@ -126,7 +129,7 @@ def vision_shapes(config: VisionTokenizerConfig) -> Shapes:
 
 
 def _native(folder: Path, values: Mapping[str, Any]) -> Contents:
-    decoder = _config(folder, lambda: DecoderConfig.from_dict(values))
+    decoder, quantized = _config(folder, lambda: read_config(values))
     path = folder / VOCABULARY_FILE
     texts = (folder / name for name in (TOKENIZERS_FILE, TIKTOKEN_FILE))
     return _with_vision_folder(
@@ -135,6 +138,7 @@ def _native(folder: Path, values: Mapping[str, Any]) -> Contents:
             layout="emulus",
             decoder=decoder,
             decoder_tensors=find_tensors(folder),
+            quantized=quantized,
             vocabulary=Vocabulary.load(path) if path.exists() else None,
             text_file=next((text for text in texts if text.is_file()), None),
             generation=_generation(folder),
@@ -271,7 +275,7 @@ def _with_vision_folder(contents: Contents) -> Contents:
 def _check(contents: Contents) -> None:
     folder, decoder, vision = contents.folder, contents.decoder, contents.vision
     if decoder is not None:
-        check_shapes(folder, expected_shapes(decoder), contents.decoder_tensors)
+        check_shapes(folder, expected_shapes(decoder, contents.quantized), contents.decoder_tensors)
     if vision is not None:
         check_shapes(folder, vision_shapes(vision), contents.vision_tensors)
     check_together(contents)

@@ -63,11 +63,13 @@ def convert(
     """
     dst = dst if dst.name else dst.resolve()
     source = inspect_folder(src)
+    if source.quantized is not None:
+        raise EmulusError(f"{source.folder} is quantised ({source.quantized}) and is not converted; take the original")
     if vision is not None:
         if source.decoder is None:
             raise EmulusError(f"{source.folder} holds no decoder that a vision tokenizer could be added to")
         source = with_vision(source, vision)
-    _check_free(dst, source.folder)
+    check_free(dst, source.folder)
     if max_shard_bytes < 1:
         raise EmulusError(f"a weights file of at most {max_shard_bytes} bytes holds nothing; give a larger size")
     planned = [it for tensors in plan(source, to, dtype).values() for it in tensors.values()]
@@ -84,7 +86,16 @@ def convert(
     return Converted(folder=dst, tensors=len(planned), bytes=total, checked=check)
 
 
-def _check_free(dst: Path, src: Path) -> None:
+def check_free(dst: Path, src: Path) -> None:
+    """Refuse to write over what is there.
+
+    Args:
+        dst: A folder to be made.
+        src: What it is to be made from.
+
+    Raises:
+        EmulusError: There is something at ``dst``.
+    """
     if dst.resolve() == src.resolve():
         raise EmulusError(f"{dst} is the source itself; choose another folder")
     if dst.is_symlink() or dst.is_file():

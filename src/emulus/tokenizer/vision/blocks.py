@@ -3,11 +3,17 @@
 Frames are independent in every 2-D layer, ``(frames, channels, height, width)``. Only the causal 3-D layers,
 ``(batch, channels, time, height, width)``, mix them, and they look backwards only.
 
+Without gradients, wide 2-D layers on a CPU run in bands of rows (``bands.py``), faster and in less memory; narrow ones,
+other devices and training take the plain way written here. Both give the same up to rounding.
+
 Source: released ``modeling_emu3visionvq.py``; MoVQ (arXiv:2209.09002) for the spatial norm.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -15,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from emulus.tokenizer.vision import bands
+from emulus.tokenizer.vision.bands import Affine, Map
 from emulus.tokenizer.vision.config import NORM_GROUPS
 
 NORM_EPS = 1e-6
@@ -29,6 +37,10 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n c h w"]:
         """Normalise each sample's channel groups."""
         return super().forward(x)
+
+    def factors(self, x: Map, zq: Map | None = None) -> Affine:
+        """The same for one feature map, as a scale and a shift."""
+        return bands.group_norm(self, x)
 
 
 class SpatialNorm(nn.Module):
@@ -46,6 +58,12 @@ class SpatialNorm(nn.Module):
         scale = F.interpolate(self.conv_y(zq), size=x.shape[-2:], mode="nearest")
         shift = F.interpolate(self.conv_b(zq), size=x.shape[-2:], mode="nearest")
         return torch.addcmul(shift, self.norm_layer(x), scale)
+
+    def factors(self, x: Map, zq: Map | None) -> Affine:
+        """The same for one feature map, as a scale and a shift, steered by its codebook vectors."""
+        # Whoever passes no codebook vectors has built no spatial norm.
+        steering = bands.Steering(cast(Tensor, zq), self.conv_y, self.conv_b)
+        return dataclasses.replace(bands.group_norm(self.norm_layer, x), steering=steering)
 
 
 Norm = GroupNorm | SpatialNorm
@@ -71,9 +89,16 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n k h w"]:
         """Refine features in place; ``zq`` are the decoder's codebook vectors."""
+        if bands.usable(x, self.conv1.in_channels) and not (self.training and self.dropout.p):
+            return bands.each_map(self._in_bands, x, zq)
         hidden = self.conv1(F.silu(self.norm1(x, zq)))
         hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden, zq))))
         return cast(Tensor, (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + hidden)
+
+    def _in_bands(self, x: Map, zq: Map | None) -> Map:
+        hidden = bands.convolve(x, self.conv1, affine=self.norm1.factors(x, zq))
+        skip = bands.pointwise_rows(x, self.nin_shortcut) if hasattr(self, "nin_shortcut") else bands.rows_of(x)
+        return bands.convolve(hidden, self.conv2, affine=self.norm2.factors(hidden, zq), out=hidden, add=skip)
 
 
 class AttentionBlock(nn.Module):
@@ -89,10 +114,22 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n c h w"]:
         """Let every place of a frame see every other."""
+        if bands.usable(x, self.q.in_channels):
+            return bands.each_map(self._in_bands, x, zq)
         hidden = self.norm(x, zq)
         query, key, value = (conv(hidden).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(query, key, value)[:, 0]
         return cast(Tensor, x + self.proj_out(attended.transpose(1, 2).reshape_as(x)))
+
+    def _in_bands(self, x: Map, zq: Map | None) -> Map:
+        hidden = torch.empty_like(x)
+        self.norm.factors(x, zq).apply(x, 0, len(x), hidden)
+        places = hidden.flatten(0, 1)
+        attention = bands.Attention(bands.linear(places, self.k), bands.linear(places, self.v))
+        query, project = (bands.Pointwise(conv, bands.CHUNK) for conv in (self.q, self.proj_out))
+        for chunk in places.split(bands.CHUNK):
+            chunk.copy_(project(attention(query(chunk))))
+        return hidden.add_(x)
 
 
 class Downsample(nn.Module):
@@ -102,8 +139,10 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c i j"]:
+    def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n c i j"]:
         """Features at half the height and width."""
+        if bands.usable(x, self.conv.in_channels):
+            return bands.each_map(lambda sample, _: bands.convolve(sample, self.conv), x)
         return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))
 
 
@@ -114,13 +153,22 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c i j"]:
+    def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n c i j"]:
         """Features at twice the height and width."""
+        if bands.usable(x, self.conv.in_channels):
+            return bands.each_map(lambda sample, _: bands.upsample(sample, self.conv), x)
         return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
+Past = dict[nn.Module, Tensor]
+"""What the causal convolutions of a stream remember: each its last two input frames."""
 
 
 class CausalConv3d(nn.Module):
     """3-D convolution that sees the past only: two zero frames in front, none behind, whatever the kernel.
+
+    With a ``past``, the first call's two frames in front are zero and each further one's are the last of the call
+    before, so that a clip may come in pieces.
 
     Height and width keep their size: along each, ``kernel - 1`` zeros, the larger half before.
     """
@@ -131,10 +179,14 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1))
         height, width = kernel[1] - 1, kernel[2] - 1
-        self.padding = (width - width // 2, width // 2, height - height // 2, height // 2, 2, 0)
+        self.padding = (width - width // 2, width // 2, height - height // 2, height // 2)
 
-    def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b k s h w"]:
+    def forward(self, x: Float[Tensor, "b c t h w"], past: Past | None = None) -> Float[Tensor, "b k s h w"]:
         """Convolve; time shrinks by ``time_stride``."""
+        front = None if past is None else past.get(self)
+        x = F.pad(x, (0, 0, 0, 0, 2, 0)) if front is None else torch.cat((front, x), dim=2)
+        if past is not None:
+            past[self] = x[:, :, -2:].clone()
         return cast(Tensor, self.conv(F.pad(x, self.padding)))
 
 
@@ -145,9 +197,9 @@ class TemporalDownsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, kernel=(4, 3, 3), time_stride=2)
 
-    def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c s h w"]:
+    def forward(self, x: Float[Tensor, "b c t h w"], past: Past | None = None) -> Float[Tensor, "b c s h w"]:
         """Features at half the frame rate."""
-        return cast(Tensor, self.conv(x))
+        return cast(Tensor, self.conv(x, past))
 
 
 class TemporalUpsample(nn.Module):
@@ -157,15 +209,18 @@ class TemporalUpsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, kernel=(3, 3, 3))
 
-    def forward(self, x: Float[Tensor, "b c t h w"], *, repeat: bool = True) -> Float[Tensor, "b c s h w"]:
+    def forward(
+        self, x: Float[Tensor, "b c t h w"], past: Past | None = None, *, repeat: bool = True
+    ) -> Float[Tensor, "b c s h w"]:
         """Features at twice the frame rate.
 
         Args:
             x: Features.
+            past: Of the stream that they are a piece of.
             repeat: ``False`` skips the repetition: the first frame of the result is the same, since it sees no later
                 one, and for a single image only that frame is wanted.
         """
-        return cast(Tensor, self.conv(x.repeat_interleave(2, dim=2) if repeat else x))
+        return cast(Tensor, self.conv(x.repeat_interleave(2, dim=2) if repeat else x, past))
 
 
 class TemporalResnetBlock(nn.Module):
@@ -179,10 +234,17 @@ class TemporalResnetBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = CausalConv3d(channels, channels, kernel=(3, 3, 3))
 
-    def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c t h w"]:
+    def forward(self, x: Float[Tensor, "b c t h w"], past: Past | None = None) -> Float[Tensor, "b c t h w"]:
         """Refine features along time."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        return cast(Tensor, x + self.conv2(self.dropout(F.silu(self.norm2(hidden)))))
+        hidden = self.conv1(F.silu(self.norm1(x)), past)
+        return cast(Tensor, x + self.conv2(self.dropout(F.silu(self.norm2(hidden))), past))
+
+
+Layer = Callable[[Tensor, Tensor | None], Tensor]
+"""Takes features and the decoder's codebook vectors, which some layers ignore.
+
+Whoever runs layers one by one holds no features but the last: while a module runs, its caller holds what it was given.
+"""
 
 
 class Level(nn.Module):
@@ -207,16 +269,15 @@ class Level(nn.Module):
             AttentionBlock(out_channels, code_channels=code_channels) for _ in range(blocks if attention else 0)
         )
 
-    def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n k i j"]:
-        """Blocks (and attention) of the level, then its resize if it has one."""
+    def layers(self) -> Iterator[Layer]:
+        """Blocks (and attention) of the level in their order, then its resize if it has one."""
         for index, block in enumerate(self.block):
-            x = block(x, zq)
+            yield block
             if len(self.attn):
-                x = self.attn[index](x, zq)
+                yield self.attn[index]
         for resize in ("downsample", "upsample"):
             if resize in self._modules:
-                x = cast(nn.Module, getattr(self, resize))(x)
-        return x
+                yield cast(nn.Module, getattr(self, resize))
 
 
 class Middle(nn.Module):
@@ -228,6 +289,30 @@ class Middle(nn.Module):
         self.attn_1 = AttentionBlock(channels, code_channels=code_channels)
         self.block_2 = ResnetBlock(channels, channels, code_channels=code_channels, dropout=dropout)
 
-    def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n c h w"]:
-        """Mix the whole frame once."""
-        return cast(Tensor, self.block_2(self.attn_1(self.block_1(x, zq), zq), zq))
+    def layers(self) -> Iterator[Layer]:
+        """Its parts in their order."""
+        yield from (self.block_1, self.attn_1, self.block_2)
+
+
+def heavy_convolutions(half: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of an encoder or a decoder that hold nearly all its weights, by name.
+
+    Left out are those at its ends, those of the norms and the temporal ones: they cost next to nothing, and rounding
+    them would show.
+    """
+    kinds = (ResnetBlock, AttentionBlock, Downsample, Upsample)
+    return {
+        f"{name}.{child}": conv
+        for name, block in half.named_modules()
+        if isinstance(block, kinds)
+        for child, conv in block.named_children()
+        if isinstance(conv, nn.Conv2d)
+    }
+
+
+def precision_of(middle: Middle) -> AbstractContextManager[object]:
+    """Context in which the plain layers around ``middle`` run in bfloat16 if their weights are held so."""
+    weight = middle.block_1.conv1.weight
+    if weight.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype=weight.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -10,7 +11,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emulus.tokenizer.vision.blocks import Level, Middle, SpatialNorm, TemporalResnetBlock, TemporalUpsample, Upsample
+from emulus.tokenizer.vision import bands
+from emulus.tokenizer.vision.blocks import (
+    Layer,
+    Level,
+    Middle,
+    Past,
+    SpatialNorm,
+    TemporalResnetBlock,
+    TemporalUpsample,
+    Upsample,
+    precision_of,
+)
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 
 
@@ -46,26 +58,47 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
 
     def time(
-        self, latents: Float[Tensor, "b z t h w"], vectors: Float[Tensor, "b z t h w"], *, first_frame: bool
+        self,
+        latents: Float[Tensor, "b z t h w"],
+        vectors: Float[Tensor, "b z t h w"],
+        past: Past | None = None,
+        *,
+        first_frame: bool,
     ) -> tuple[Float[Tensor, "b z T h w"], Float[Tensor, "b z T h w"]]:
         """Spread latents and codebook vectors over the frames, both through the same layers.
 
         Args:
             latents: What the decoder paints from.
             vectors: The codebook vectors that steer the norms.
+            past: Of the stream that they are a piece of.
             first_frame: Skip the repetitions: the result's first frame is the same and the only right one.
         """
         both = torch.cat((latents, vectors))
         for block in self.time_res_stack:
-            both = block(both)
+            both = block(both, past)
         for conv in self.time_conv:
-            both = F.silu(conv(both, repeat=not first_frame))
+            both = F.silu(conv(both, past, repeat=not first_frame))
         painted, steering = both.chunk(2)
         return painted, steering
 
     def frames(self, latents: Float[Tensor, "n z h w"], vectors: Float[Tensor, "n z h w"]) -> Float[Tensor, "n c H W"]:
         """The part that paints each frame alone."""
-        hidden = self.mid(self.conv_in(latents), vectors)
+        with precision_of(self.mid):
+            hidden = self.conv_in(latents)
+            for layer in self._layers():
+                hidden = layer(hidden, vectors)
+            return hidden
+
+    def _layers(self) -> Iterator[Layer]:
+        yield from self.mid.layers()
         for level in reversed(self.up):
-            hidden = level(hidden, vectors)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(hidden, vectors))))
+            yield from cast(Level, level).layers()
+        yield self._finish
+
+    def _finish(self, x: Tensor, zq: Tensor | None) -> Tensor:
+        if bands.usable(x, self.conv_out.in_channels):
+            return bands.each_map(self._paint, x, zq)
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x, zq))))
+
+    def _paint(self, x: bands.Map, zq: bands.Map | None) -> bands.Map:
+        return bands.convolve(x, self.conv_out, affine=self.norm_out.factors(x, zq))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from emulus.tokenizer.vision import bands
 from emulus.tokenizer.vision.blocks import (
     Downsample,
     GroupNorm,
+    Layer,
     Level,
     Middle,
+    Past,
     TemporalDownsample,
     TemporalResnetBlock,
+    precision_of,
 )
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 
@@ -53,15 +58,36 @@ class Encoder(nn.Module):
 
     def frames(self, pixels: Float[Tensor, "n c H W"]) -> Float[Tensor, "n z h w"]:
         """The part that sees each frame alone."""
-        hidden = self.conv_in(pixels)
-        for level in self.down:
-            hidden = level(hidden)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(self.mid(hidden)))))
+        with precision_of(self.mid):
+            hidden = pixels
+            for layer in self._layers():
+                hidden = layer(hidden, None)
+            return hidden
 
-    def time(self, features: Float[Tensor, "b z T h w"]) -> Float[Tensor, "b z t h w"]:
+    def _layers(self) -> Iterator[Layer]:
+        yield self._start
+        for level in self.down:
+            yield from cast(Level, level).layers()
+        yield from self.mid.layers()
+        yield self._finish
+
+    def _start(self, pixels: Tensor, _: Tensor | None) -> Tensor:
+        if bands.usable(pixels, self.conv_in.out_channels):
+            return bands.each_map(lambda sample, _: bands.convolve(sample, self.conv_in), pixels)
+        return cast(Tensor, self.conv_in(pixels))
+
+    def _finish(self, x: Tensor, _: Tensor | None) -> Tensor:
+        if bands.usable(x, self.conv_out.in_channels):
+            return bands.each_map(self._gather, x)
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+
+    def _gather(self, x: bands.Map, _: bands.Map | None) -> bands.Map:
+        return bands.convolve(x, self.conv_out, affine=self.norm_out.factors(x))
+
+    def time(self, features: Float[Tensor, "b z T h w"], past: Past | None = None) -> Float[Tensor, "b z t h w"]:
         """The part that looks back along time; ``T`` shrinks by the temporal factor."""
         for conv in self.time_conv:
-            features = F.silu(conv(features))
+            features = F.silu(conv(features, past))
         for block in self.time_res_stack:
-            features = block(features)
+            features = block(features, past)
         return features

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emulus.tokenizer.vision.model import VisionTokenizer
+
 
 def psnr(pixels: Float[Tensor, "n c h w"], other: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
     """Peak signal-to-noise ratio in dB of each picture, both clipped to [-1, 1]. Higher is better."""
@@ -58,3 +60,11 @@ def codebook_usage(codes: Int[Tensor, ...], codebook_size: int) -> dict[str, flo
         "dead_codes": float(codebook_size - used),
         "entropy_bits": entropy,
     }
+
+
+def code_flip_rate(model: VisionTokenizer, other: VisionTokenizer, pixels: Float[Tensor, "b *frames c H W"]) -> float:
+    """Share of the codes of images or clips that two tokenizers of one codebook choose differently.
+
+    What rounding an encoder does to its codes: most flips go to a near neighbour, so look at the PSNR too.
+    """
+    return float((model.encode(pixels) != other.encode(pixels)).float().mean())

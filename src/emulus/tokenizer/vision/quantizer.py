@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-# Latents searched at a time: bounds the distance table to this many rows.
-SEARCH_ROWS = 4096
+# Distances in the table of a search, 16 MiB: some latents at a time.
+SEARCH_TABLE = 2**22
 
 
 class Quantizer(nn.Module):
@@ -28,8 +28,12 @@ class Quantizer(nn.Module):
             codebook = self.embedding.weight.float()
             # |x|^2 is the same for every vector of a row, so it cannot change the choice.
             norms = codebook.square().sum(1)
-            rows = latents.float().split(SEARCH_ROWS)
-            return torch.cat([torch.addmm(norms, chunk, codebook.T, alpha=-2).argmin(1) for chunk in rows])
+            rows = latents.float().split(max(1, SEARCH_TABLE // len(codebook)))
+            table = norms.new_empty(len(rows[0]), len(codebook))
+            found = [
+                torch.addmm(norms, chunk, codebook.T, alpha=-2, out=table[: len(chunk)]).argmin(1) for chunk in rows
+            ]
+            return torch.cat(found)
 
     def encode(self, latents: Float[Tensor, "b d t h w"]) -> Int[Tensor, "b t h w"]:
         """Codes of a grid of latents."""

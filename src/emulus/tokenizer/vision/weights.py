@@ -8,6 +8,7 @@ import torch
 
 from emulus.errors import EmulusError
 from emulus.files import read_json, write_json
+from emulus.tokenizer.vision.blocks import heavy_convolutions
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.model import VisionTokenizer
 from emulus.weights import (
@@ -27,18 +28,28 @@ def save_vision_tokenizer(model: VisionTokenizer, folder: Path) -> None:
     """Write ``config.json`` and ``model.safetensors``.
 
     Raises:
-        EmulusError: The disk is full or the folder may not be written to.
+        EmulusError: The disk is full or the folder may not be written to, or the weights have been rounded.
     """
+    if any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values()):
+        raise EmulusError("a vision tokenizer in bfloat16 is for inference and not saved; load it in float32")
     save_tensors(model.state_dict(), folder / WEIGHTS)
     write_json(folder / CONFIG, model.config.to_dict())
 
 
-def load_vision_tokenizer(folder: Path, device: torch.device | str = "cpu") -> VisionTokenizer:
-    """Read a vision tokenizer, in eval mode and float32: rounded weights would move codes.
+def load_vision_tokenizer(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    encoder_dtype: torch.dtype = torch.float32,
+) -> VisionTokenizer:
+    """Read a vision tokenizer, in eval mode.
 
     Args:
         folder: A vision tokenizer's, the training run's that made it, or a whole model's.
         device: Where it shall lie.
+        dtype: Of the decoder's large convolutions: float32 or bfloat16, which is for inference only.
+        encoder_dtype: Of the encoder's; bfloat16 moves some codes (see :meth:`VisionTokenizer.to_bfloat16`).
 
     Raises:
         EmulusError: A file is missing or damaged, or the weights are not those of the config.
@@ -49,24 +60,48 @@ def load_vision_tokenizer(folder: Path, device: torch.device | str = "cpu") -> V
     if not isinstance(values, dict):
         raise EmulusError(f"{folder / CONFIG} is not a config: it holds no keys and values")
     config = VisionTokenizerConfig.from_dict(values)
-    return load_vision_tokenizer_from(config, find_tensors(folder), device, folder=folder)
+    return load_vision_tokenizer_from(
+        config, find_tensors(folder), device, folder=folder, dtype=dtype, encoder_dtype=encoder_dtype
+    )
 
 
 def load_vision_tokenizer_from(
-    config: VisionTokenizerConfig, tensors: Tensors, device: torch.device | str = "cpu", *, folder: Path = Path()
+    config: VisionTokenizerConfig,
+    tensors: Tensors,
+    device: torch.device | str = "cpu",
+    *,
+    folder: Path = Path(),
+    dtype: torch.dtype = torch.float32,
+    encoder_dtype: torch.dtype = torch.float32,
 ) -> VisionTokenizer:
-    """Read a vision tokenizer, in eval mode and float32, from tensors found under our names.
+    """Read a vision tokenizer, in eval mode, from tensors found under our names.
 
     Args:
         config: Its shape.
         tensors: Where its tensors are stored.
         device: Where it shall lie.
         folder: Where all this comes from, for messages.
+        dtype: Of the decoder's large convolutions (see :func:`load_vision_tokenizer`).
+        encoder_dtype: Of the encoder's.
 
     Raises:
-        EmulusError: The weights are not those of the config, or a file is damaged.
+        EmulusError: The weights are not those of the config, a file is damaged, or a type is neither float32 nor
+            bfloat16.
     """
+    for kind in (dtype, encoder_dtype):
+        if kind not in (torch.float32, torch.bfloat16):
+            raise EmulusError(f"a vision tokenizer's weights are float32 or bfloat16, not {kind}")
     model = on_meta(lambda: VisionTokenizer(config))
     check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, tensors)
-    fill(model, tensors, dtype=torch.float32, device=device)
+    rounded = {
+        f"{half}.{name}.weight"
+        for half, kind in (("decoder", dtype), ("encoder", encoder_dtype))
+        if kind == torch.bfloat16
+        for name in heavy_convolutions(model.get_submodule(half))
+    }
+    # Each is read straight in its type: the float32 weights of what is rounded are never all there.
+    for kind, names in ((torch.bfloat16, rounded), (torch.float32, tensors.keys() - rounded)):
+        fill(model, {name: tensors[name] for name in names}, dtype=kind, device=device)
+    for name in rounded:
+        model.get_parameter(name).requires_grad_(False)
     return model.eval()

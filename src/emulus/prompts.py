@@ -1,0 +1,485 @@
+"""what a user gives -> requests: words, sizes, pictures, clips, conversations and options, as the engine takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image as PILImage
+
+from emulus.bundle import Bundle, load_default_vision, save_bundle
+from emulus.engine import Request
+from emulus.errors import EmulusError
+from emulus.log import logger
+from emulus.media import (
+    Clip,
+    clip_to_pixels,
+    fit,
+    generation_size,
+    image_to_pixels,
+    read_image,
+    read_media,
+    resample,
+    resize,
+    smart_resize,
+)
+from emulus.model import Decoder
+from emulus.presets import GenerationDefaults, Preset, preset_called
+from emulus.sampling import SamplingParams
+from emulus.sequence import Grammar, Image, Prompt, Turn, Video, templates
+from emulus.tokenizer.text import TextTokenizer
+from emulus.tokenizer.vision import VisionTokenizer
+
+MediaSource = str | Path | bytes | PILImage.Image | Clip
+
+
+class Prompter:
+    """A model's parts, and all that is done before its decoder runs: media are encoded, prompts are written.
+
+    Attributes:
+        bundle: The parts, of which some may be missing.
+        compat: ``released`` where the released code's ways are repeated.
+    """
+
+    def __init__(self, bundle: Bundle, *, compat: Literal["released"] | None = None, device: str = "auto") -> None:
+        """Put the parts together.
+
+        Args:
+            bundle: The parts.
+            compat: ``released`` repeats what the released code does where Emulus knows better.
+            device: Where a vision tokenizer that is fetched later shall lie.
+        """
+        check_compat(compat)
+        self.bundle = bundle
+        self.compat = compat
+        self._device = device
+        self._said: set[str] = set()
+
+    # The parts. Each says what is missing when the folder had only some of them.
+
+    @property
+    def decoder(self) -> Decoder:
+        """ids -> logits."""
+        return _present(self.bundle.decoder, "decoder")
+
+    @property
+    def vision(self) -> VisionTokenizer:
+        """pixels <-> codes; fetched now if the decoder's folder lacks the one it was trained with."""
+        if self.bundle.vision is None and self.bundle.default_vision is not None:
+            self.bundle = dataclasses.replace(self.bundle, vision=load_default_vision(self.bundle, self._device))
+        return _present(self.bundle.vision, "vision tokenizer")
+
+    @property
+    def text(self) -> TextTokenizer:
+        """text <-> ids."""
+        return _present(self.bundle.text, "text tokenizer")
+
+    @property
+    def defaults(self) -> GenerationDefaults:
+        """What calls get that do not say otherwise."""
+        return self.bundle.defaults
+
+    @property
+    def preset(self) -> Preset:
+        """The prompts and sequences that the decoder was trained with."""
+        return preset_called(self.bundle.preset)
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """documents <-> ids."""
+        vocabulary = _present(self.bundle.vocabulary, "vocabulary")
+        return Grammar(vocabulary, self.text, self.preset.layout, compat=self.compat)
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write every part to a folder that :func:`emulus.load` takes; ``dtype`` is the decoder's on disk."""
+        save_bundle(self.bundle, Path(folder), dtype=dtype)
+
+    # Prompts.
+
+    def drawing_prompt(
+        self, text: str, *, ratio: str = "1:1", image_area: int | None = None
+    ) -> tuple[list[int], tuple[int, int]]:
+        """The ids that ask for a picture, up to where its codes begin.
+
+        Args:
+            text: What it shows; also what guidance leads away from.
+            ratio: ``"width:height"``.
+            image_area: Pixels; the model's own by default.
+
+        Returns:
+            The ids, and the picture's rows and columns of codes.
+
+        Raises:
+            EmulusError: The ratio or area is none.
+        """
+        h, w = self._cells(None, None, ratio, image_area)
+        return templates.draw(self.grammar, text, h, w, wording=self.preset.wording).ids, (h, w)
+
+    def understanding_prompt(
+        self,
+        text: str,
+        images: Sequence[MediaSource] = (),
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> list[int]:
+        """The ids that ask a question about pictures, up to where the answer begins.
+
+        Args:
+            text: The question.
+            images: Any number of pictures or clips.
+            min_pixels: Smaller pictures are scaled up to this area; the model's own by default.
+            max_pixels: Larger ones are scaled down to this one.
+
+        Raises:
+            EmulusError: A picture cannot be read or has an impossible shape.
+        """
+        media = self.encode_all(images, min_pixels=min_pixels, max_pixels=max_pixels)
+        turn = Turn(text=text, media=tuple(media))
+        return templates.converse(self.grammar, [turn], wording=self.preset.wording).ids
+
+    def _drawing(
+        self,
+        prompt: str,
+        negative: str | None,
+        height: int | None,
+        width: int | None,
+        ratio: str | None = None,
+        image_area: int | None = None,
+    ) -> Prompt:
+        _check_prompt(prompt)
+        h, w = self._cells(height, width, ratio, image_area)
+        wording = self.preset.wording
+        return templates.draw(self.grammar, prompt, h, w, negative=self._negative(negative), wording=wording)
+
+    def _animation(
+        self,
+        prompt: str,
+        negative: str | None,
+        height: int | None,
+        width: int | None,
+        frames: int | None,
+        fps: float | None,
+    ) -> Prompt:
+        _check_prompt(prompt)
+        h, w = self._cells(height, width)
+        t = self._code_frames(self.defaults.num_frames if frames is None else frames)
+        rate = self.defaults.fps if fps is None else fps
+        away, wording = self._negative(negative), self.preset.wording
+        return templates.animate(self.grammar, prompt, t, h, w, rate, negative=away, wording=wording)
+
+    def _negative(self, given: str | None) -> str:
+        return self.defaults.negative_prompt if given is None else given
+
+    # Requests: prompts, and how ids are drawn for them.
+
+    def _captioning(
+        self,
+        media: Sequence[MediaSource],
+        *,
+        seed: int = 0,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **sampling: Any,
+    ) -> list[Request]:
+        self._expect("caption", media)
+        params = self._text_params(seed, sampling)
+        shown = [codes for medium in media for codes in self._shown([medium], min_pixels, max_pixels)]
+        prompts = [templates.caption(self.grammar, codes, wording=self.preset.wording) for codes in shown]
+        return [_as_request(prompt, params) for prompt in prompts]
+
+    def _answering(
+        self,
+        media: MediaSource | Sequence[MediaSource],
+        question: str,
+        *,
+        seed: int = 0,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **sampling: Any,
+    ) -> Request:
+        self._expect("answer")
+        _check_prompt(question)
+        params = self._text_params(seed, sampling)
+        sources = [media] if isinstance(media, MediaSource) else list(media)
+        turn = Turn(text=question, media=tuple(self._shown(sources, min_pixels, max_pixels)))
+        return _as_request(templates.converse(self.grammar, [turn], wording=self.preset.wording), params)
+
+    def _chatting(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **sampling: Any,
+    ) -> Request:
+        self._expect("chat", messages)
+        params = self._text_params(seed, sampling)
+        system, turns = self._turns(messages, min_pixels, max_pixels)
+        prompt = templates.converse(self.grammar, turns, system=system, wording=self.preset.wording)
+        return _as_request(prompt, params)
+
+    def _turns(
+        self, messages: Sequence[Mapping[str, Any]], min_pixels: int | None, max_pixels: int | None
+    ) -> tuple[str | None, list[Turn]]:
+        system: str | None = None
+        turns: list[Turn] = []
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise EmulusError(f"message {index + 1} of the conversation is not {{'role': ..., 'content': ...}}")
+            role = message.get("role")
+            text, shown = _content(message.get("content"))
+            open_turn = bool(turns) and turns[-1].answer is None
+            if role == "system" and index == 0 and not shown:
+                system = text
+            elif role == "user" and not open_turn:
+                turns.append(Turn(text=text, media=tuple(self._shown(shown, min_pixels, max_pixels))))
+            elif role == "assistant" and open_turn and not shown:
+                turns[-1] = dataclasses.replace(turns[-1], answer=text)
+            else:
+                raise EmulusError(
+                    f"message {index + 1} of the conversation has role {role!r}: after a system message in words, if "
+                    "any, 'user' and 'assistant' (in words) alternate, and the last is the user's"
+                )
+        return system, turns
+
+    def _request(self, prompt: Prompt, seed: int, **sampling: Any) -> Request:
+        return _as_request(prompt, self._params(seed, **sampling))
+
+    def _params(self, seed: int, **sampling: Any) -> SamplingParams:
+        """The model's own settings, but for what is given."""
+        defaults = {name: getattr(self.defaults, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+        values = {**defaults, "seed": seed, **{name: value for name, value in sampling.items() if value is not None}}
+        known = {field.name for field in dataclasses.fields(SamplingParams)}
+        for name in values.keys() - known:
+            raise EmulusError(f"unknown option {name!r}; choose from {', '.join(sorted(known))}")
+        return SamplingParams(**values)
+
+    def _text_params(self, seed: int, sampling: Mapping[str, Any]) -> SamplingParams:
+        """How words are chosen; wrong options are found here, before a picture is read for them."""
+        own = {
+            "temperature": self.defaults.text_temperature,
+            "max_new_tokens": self.defaults.max_text_tokens,
+            "guidance_scale": 1.0,
+        }
+        return self._params(seed, **{**own, **sampling})
+
+    def _expect(self, task: str, items: Any = ()) -> None:
+        """Say once if the model was not trained for what is asked of it; refuse a single item where a list is meant."""
+        _check_list(items)
+        if self.bundle.tasks and task not in self.bundle.tasks and task not in self._said:
+            self._said.add(task)
+            logger.warning("%s was trained to %s, not to %s", self.bundle.source, _and(self.bundle.tasks), task)
+
+    # pixels -> codes, for media of any size.
+
+    def encode(self, media: MediaSource) -> Image | Video:
+        """A picture or clip as codes; see :meth:`encode_all`."""
+        return self.encode_all([media])[0]
+
+    def encode_all(
+        self,
+        media: Sequence[MediaSource],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        padding_image: bool = False,
+    ) -> list[Image | Video]:
+        """Pictures and clips as codes, each by itself: what is beside it changes nothing.
+
+        A model of one size gets pictures of that size, scaled and cropped; others get them at their own aspect, scaled
+        into the allowed areas. Clips are brought to the model's own size and frame rate, and at most as many frames as
+        the model's own clips have are taken, from the start.
+
+        Args:
+            media: Files, bytes, pictures or clips.
+            min_pixels: Smaller pictures are scaled up to this area; the model's own by default.
+            max_pixels: Larger ones are scaled down to this one; likewise.
+            padding_image: With ``compat="released"``: encode pictures of unlike sizes in one batch, padded with grey at
+                the right and below, as the released option of this name does. Their codes depend on one another then.
+
+        Raises:
+            EmulusError: One cannot be read, or a clip is shorter than one code in time.
+        """
+        if padding_image and self.compat != "released":
+            raise EmulusError("padding_image moves codes; load the model with compat='released' if you want that")
+        _check_list(media)
+        fitted = self._fit_all(media, min_pixels, max_pixels)
+        pictures = [picture for picture in fitted if not isinstance(picture, Clip)]
+        if padding_image and len(pictures) == len(fitted) > 1:
+            return list(self._encode_padded(pictures))
+        return [self._encode_fitted(each) for each in fitted]
+
+    def _shown(
+        self, media: Sequence[MediaSource], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> list[Image | Video]:
+        """Codes of what stands in one prompt; that the model's context has room for them is found before they are."""
+        fitted = self._fit_all(media, min_pixels, max_pixels)
+        factor = self.vision.config.spatial_factor
+        cells = 0
+        for each in fitted:
+            first = each.frames[0] if isinstance(each, Clip) else each
+            frames = len(each.frames) // self.vision.config.temporal_factor if isinstance(each, Clip) else 1
+            cells += frames * (first.height // factor) * (first.width // factor)
+        context = self.decoder.config.max_position_embeddings
+        if cells >= context:
+            raise EmulusError(
+                f"what is shown has {cells} codes, but the model's longest sequence is {context} ids; "
+                "show less, or smaller: max_pixels"
+            )
+        return [self._encode_fitted(each) for each in fitted]
+
+    def _fit_all(
+        self, media: Sequence[MediaSource], min_pixels: int | None, max_pixels: int | None
+    ) -> list[PILImage.Image | Clip]:
+        return [self._fitted(medium, self.defaults.num_frames, min_pixels, max_pixels) for medium in media]
+
+    def _encode_fitted(self, fitted: PILImage.Image | Clip) -> Image | Video:
+        return self._encode_clip(fitted) if isinstance(fitted, Clip) else self._encode_picture(fitted)
+
+    def _encode_picture(self, picture: PILImage.Image) -> Image:
+        pixels = image_to_pixels(picture)
+        return Image(self.vision.encode(pixels[None].to(self.vision.device))[0].cpu())
+
+    def _encode_padded(self, pictures: Sequence[PILImage.Image]) -> Iterable[Image]:
+        factor = self.vision.config.spatial_factor
+        height, width = (max(getattr(picture, side) for picture in pictures) for side in ("height", "width"))
+        batch = torch.zeros(len(pictures), 3, height, width)
+        for row, picture in zip(batch, pictures, strict=True):
+            row[:, : picture.height, : picture.width] = image_to_pixels(picture)
+        codes = self.vision.encode(batch.to(self.vision.device)).cpu()
+        for grid, picture in zip(codes, pictures, strict=True):
+            yield Image(grid[: picture.height // factor, : picture.width // factor])
+
+    def _fitted(
+        self,
+        media: MediaSource,
+        max_frames: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> PILImage.Image | Clip:
+        """A picture, or a clip cut to whole codes in time, at a size that the model takes."""
+        height, width, fps = self.defaults.height, self.defaults.width, self.defaults.fps
+        if isinstance(media, Clip):
+            media = resample(media, fps)
+        elif isinstance(media, PILImage.Image):
+            media = read_image(media)
+        else:
+            media = read_media(media, fps=fps, max_frames=max_frames)
+        if not isinstance(media, Clip):
+            least = self.defaults.min_pixels if min_pixels is None else min_pixels
+            most = self.defaults.max_pixels if max_pixels is None else max_pixels
+            if least > most:
+                raise EmulusError(f"min_pixels ({least}) must be at most max_pixels ({most})")
+            if not most:
+                return fit(media, height, width)
+            factor = self.vision.config.spatial_factor
+            sides = smart_resize(media.height, media.width, factor=factor, min_pixels=least, max_pixels=most)
+            return resize(media, *sides)
+        factor = self.vision.config.temporal_factor
+        frames = media.frames[:max_frames]
+        whole = frames[: len(frames) // factor * factor]
+        if not whole:
+            raise EmulusError(f"the clip has {len(frames)} frames at {fps:g} fps, but {factor} make one code")
+        return Clip(tuple(fit(frame, height, width) for frame in whole), fps)
+
+    def _encode_clip(self, clip: Clip) -> Video:
+        pixels = clip_to_pixels(clip)[None].to(self.vision.device)
+        return Video(self.vision.encode(pixels)[0].cpu(), fps=clip.fps)
+
+    # Sizes in codes.
+
+    def _cells(
+        self, height: int | None, width: int | None, ratio: str | None = None, image_area: int | None = None
+    ) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        factor = self._spatial_factor()
+        if ratio is not None or image_area is not None:
+            if height is not None or width is not None:
+                raise EmulusError("give height and width, or ratio and image_area, not both")
+            area = self.defaults.height * self.defaults.width if image_area is None else image_area
+            return generation_size(ratio or "1:1", area, factor=factor)
+        sides = {
+            "height": self.defaults.height if height is None else height,
+            "width": self.defaults.width if width is None else width,
+        }
+        for name, side in sides.items():
+            if side < factor or side % factor:
+                near = max(round(side / factor), 1) * factor
+                raise EmulusError(f"{name} must be a multiple of {factor}, got {side}; the nearest is {near}")
+        return sides["height"] // factor, sides["width"] // factor
+
+    def _spatial_factor(self) -> int:
+        """Pixels per code along a side; a released decoder's is known without its vision tokenizer."""
+        if self.bundle.vision is None and self.preset.spatial_factor is not None:
+            return self.preset.spatial_factor
+        return self.vision.config.spatial_factor
+
+    def _code_frames(self, num_frames: int) -> int:
+        factor = self.vision.config.temporal_factor
+        if num_frames < factor or num_frames % factor:
+            near = max(round(num_frames / factor), 1) * factor
+            raise EmulusError(f"num_frames must be a multiple of {factor}, got {num_frames}; the nearest is {near}")
+        return num_frames // factor
+
+
+def _present(part: Any, name: str) -> Any:
+    if part is None:
+        raise EmulusError(f"this model has no {name}: its folder does not hold one")
+    return part
+
+
+def _as_request(prompt: Prompt, params: SamplingParams) -> Request:
+    return Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=params)
+
+
+def check_compat(compat: str | None) -> None:
+    """Refuse what is no way to be compatible.
+
+    Raises:
+        EmulusError: It is neither ``"released"`` nor None.
+    """
+    if compat not in (None, "released"):
+        raise EmulusError(f"unknown compat {compat!r}; it is 'released' or None")
+
+
+def _check_list(items: Any) -> None:
+    """A single text or picture where several are meant would be taken apart."""
+    if isinstance(items, str | bytes | Path | PILImage.Image | Clip | Mapping) or not isinstance(items, Sequence):
+        raise EmulusError(f"several items are expected here, not one {type(items).__name__}: put it into a list")
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _content(content: Any) -> tuple[str, list[MediaSource]]:
+    """Text and media of a message."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
+        raise EmulusError("a message's content is text, or a list of {'type': 'text', 'text': ...} and the like")
+    texts: list[str] = []
+    media: list[MediaSource] = []
+    for part in parts:
+        kind = part.get("type")
+        value = part.get(kind) if isinstance(kind, str) else None
+        if kind == "text" and isinstance(value, str):
+            texts.append(value)
+        elif kind in ("image", "video") and isinstance(value, MediaSource):
+            media.append(value)
+        else:
+            raise EmulusError(
+                f"a part of a message is of type {kind!r} with {type(value).__name__} in it; give 'text' with words, "
+                "or 'image' or 'video' with a file, bytes, a picture or a clip"
+            )
+    return " ".join(texts), media
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise EmulusError("the prompt is empty: say what to draw, animate or answer")
