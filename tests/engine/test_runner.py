@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,3 +171,47 @@ def test_keys_and_values_of_another_type(dtype: torch.dtype) -> None:
     assert error < (1e-5 if dtype == torch.float32 else 0.01)
     with pytest.raises(EmulusError, match=r"cannot be torch\.float8_e4m3fn on cpu"):
         Runner(small(), kv_dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_quantised_decoder_that_is_cast_means_the_same(kind: str, dtype: torch.dtype) -> None:
+    decoder, ids = quantize_decoder(small(), kind), random_ids(6, 1)  # type: ignore[arg-type]
+    (expected,) = step(runner := Runner(decoder), [runner.new_lane(6)], [ids])
+    decoder = decoder.to(dtype)
+    assert runner.stale
+    (logits,) = step(runner := Runner(decoder), [runner.new_lane(6)], [ids])
+    # Embedding, norms and activations are rounded now, and so is what is rounded after them.
+    assert (logits - expected).norm() / expected.norm() < 0.08
+
+
+def test_norms_of_several_types() -> None:
+    decoder, ids = small(), random_ids(6, 1)
+    decoder.model.layers[1].post_attention_layernorm.to(torch.bfloat16)
+    (logits,) = step(runner := Runner(decoder), [runner.new_lane(6)], [ids])
+    assert not runner.steady
+    torch.testing.assert_close(logits, whole(small(), ids), atol=1e-4, rtol=1e-4)
+
+
+def test_whatever_the_default_type_is() -> None:
+    decoder, ids = small(), random_ids(6, 1)
+    (expected,) = step(runner := Runner(decoder), [runner.new_lane(6)], [ids])
+    torch.set_default_dtype(torch.float64)
+    try:
+        (logits,) = step(runner := Runner(decoder), [runner.new_lane(6)], [ids])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(logits, expected)
+
+
+def test_a_runner_lets_go_of_the_weights() -> None:
+    """At once, not at the next collection: a large model's place is needed for the next."""
+    decoder = small()
+    runner = Runner(decoder)
+    watched = weakref.ref(decoder.model.embed_tokens.weight)
+    gc.disable()
+    try:
+        del decoder, runner
+        assert watched() is None
+    finally:
+        gc.enable()

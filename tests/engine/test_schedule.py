@@ -16,6 +16,8 @@ from emulus.engine.pace import Pace
 from emulus.errors import EmulusError
 from emulus.sampling import SamplingParams
 from emulus.sequence.document import Image, Video
+from emulus.sequence.grammar import Grammar
+from emulus.sequence.layout import SequenceLayout
 from emulus.sequence.templates import animate, draw
 from tests.engine.tiny import DECODER, GRAMMAR, make_decoder, parameters, requests_of_every_kind
 
@@ -186,3 +188,27 @@ def test_pace_learns_anew_when_the_batch_grows() -> None:
     for _ in range(600):
         pace.made(1, float(pace.window()), lanes=16)
     assert pace.window() <= 2
+
+
+EMU3_5 = Grammar(GRAMMAR.vocabulary, GRAMMAR.text, SequenceLayout.emu3_5())
+
+
+@pytest.mark.parametrize("schedule", [Jacobi(window=5), Zipar(window=1), Zipar(window=9)])
+@pytest.mark.parametrize("t", [None, 2])
+def test_where_nothing_stands_between_frames(schedule: Schedule, t: int | None) -> None:
+    """Emu3.5 ends no last row: there several rows at once are possible within pictures only."""
+    prompt = draw(EMU3_5, "a", 3, 3) if t is None else animate(EMU3_5, "a", t, 2, 3, 8)
+    request = Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, params=parameters())
+    (result,) = Engine(DECODER, EMU3_5, schedule=schedule).generate([request])
+    assert EMU3_5.parse([*prompt.ids, *result.ids]).complete
+    if schedule.exact or schedule == Zipar(window=9):
+        assert [result] == Engine(DECODER, EMU3_5).generate([request])
+
+
+def test_many_forced_ids_do_not_make_a_step_too_wide() -> None:
+    """Clips of one cell a frame: every guess brings two ends with it."""
+    prompt = animate(GRAMMAR, "a", 60, 1, 1, 8)
+    request = Request(prompt_ids=prompt.ids, params=parameters(top_k=1))
+    engine = Engine(DECODER, GRAMMAR, schedule=Jacobi(window=64))
+    assert engine.generate([request]) == SEQUENTIAL.generate([request])
+    assert engine.counts.computed <= 122 * engine.counts.forwards

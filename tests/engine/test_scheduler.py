@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emulus.engine import Done, Engine, Failed, Jacobi, Request, Result, Schedule, Sequential
+from emulus.engine import Done, Engine, Failed, Jacobi, Request, Result, Schedule, Sequential, Zipar
 from emulus.engine.scheduler import Scheduler
 from emulus.errors import EmulusError
+from emulus.sequence.document import Document, Text
 from emulus.sequence.templates import caption, draw
 from tests.engine.tiny import DECODER, GRAMMAR, make_decoder, naive, parameters, requests_of_every_kind
 
@@ -201,3 +203,61 @@ def test_a_kept_traceback_holds_no_memory() -> None:
     assert not any(lane.memory for lane in lanes)
     assert scheduler.kv_bytes == 0
     assert caught.tb is not None
+
+
+def test_long_equal_prompts_are_computed_once_too() -> None:
+    """Longer than a piece, and though the first of them is cancelled half way."""
+    engine = Engine(make_decoder(context=2048), GRAMMAR)
+    ids = GRAMMAR.build(Document((Text("a red apple " * 150),)), eos=False)
+    requests = [Request(prompt_ids=ids, may=frozenset({"text"}), params=parameters(seed)) for seed in range(3)]
+    assert len(ids) > 700
+    together = engine.generate(requests)
+    assert engine.counts.prefilled == len(ids) - 1
+    assert together == [engine.generate([request])[0] for request in requests]
+    scheduler = engine.scheduler()
+    for index, request in enumerate(requests):
+        scheduler.submit(engine.walk(index, request))
+    scheduler.step()
+    scheduler.cancel(0)
+    assert finish(scheduler) == {1: together[1], 2: together[2]}
+
+
+@pytest.mark.parametrize("schedule", [Sequential(), Jacobi(window=3), Zipar(window=1)])
+def test_a_step_that_failed_can_be_made_again(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when memory runs out that others took."""
+    engine = Engine(DECODER, GRAMMAR, schedule=schedule)
+    (expected,) = engine.generate(REQUESTS[2:3])
+    scheduler = engine.scheduler()
+    scheduler.submit(engine.walk(0, REQUESTS[2]))
+    for _ in range(4):
+        scheduler.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("emulus.engine.scheduler.choose", _no_memory)
+        with pytest.raises(MemoryError):
+            scheduler.step()
+    assert finish(scheduler) == {0: expected}
+
+
+def _no_memory(*_: object) -> None:
+    raise MemoryError
+
+
+def test_cancelled_from_another_thread() -> None:
+    """Whoever cancels waits until the step is made: what it computes with is not taken away under it."""
+    scheduler = ENGINE.scheduler()
+    for index in range(8):
+        scheduler.submit(ENGINE.walk(index, REQUESTS[0]))
+    canceller = threading.Thread(target=lambda: [scheduler.cancel(index) for index in range(1, 8)])
+    canceller.start()
+    results = finish(scheduler)
+    canceller.join()
+    assert results[0] == ALONE[0]
+    assert set(results.values()) == {ALONE[0]}
+    assert scheduler.kv_bytes == 0
+
+
+def test_a_null_prompt_that_is_not_used_takes_no_room() -> None:
+    prompt = draw(GRAMMAR, "a red apple", 2, 2)
+    long = [*GRAMMAR.build(Document((Text("a red " * 100),)), eos=False), *prompt.ids[-5:]]
+    request = Request(prompt_ids=prompt.ids, null_ids=long, params=parameters(guidance_scale=1.0))
+    assert ENGINE.walk(0, request).length == len(prompt.ids) + 2 * 3 + 3

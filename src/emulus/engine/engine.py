@@ -60,6 +60,14 @@ class Engine:
         self.kv_dtype = kv_dtype
         self.counts = Counts()
         self._pace = Pace()
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """What computes; the same one, with what it has recorded, as long as the weights stay where they are."""
+        if self._runner is None or self._runner.stale:
+            self._runner = Runner(self.decoder, kv_dtype=self.kv_dtype)
+        return self._runner
 
     def generate(
         self,
@@ -124,7 +132,7 @@ class Engine:
         if most_running < 1:
             raise EmulusError(f"batch_size is {most_running} but must be at least 1")
         return Scheduler(
-            Runner(self.decoder, kv_dtype=self.kv_dtype),
+            self.runner,
             self.schedule,
             most_running=most_running,
             kv_budget=self.kv_budget,

@@ -39,7 +39,7 @@ class Pace:
         """Be told what a step gave.
 
         Args:
-            ids: Chosen ids that were kept.
+            ids: How many were added.
             seconds: What it took.
             lanes: Sequences that were in it.
         """

@@ -7,6 +7,7 @@ and one, two or fifty tokens of a sequence are the same call.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -102,13 +103,14 @@ class _Step:
 class Runner:
     """Computes hidden states of new tokens, and keeps their keys and values."""
 
-    def __init__(self, decoder: Decoder, *, kv_dtype: torch.dtype | None = None) -> None:
-        """Look at a decoder; nothing is copied, so that later changes of its weights are seen.
+    def __init__(self, decoder: Decoder, *, kv_dtype: torch.dtype | None = None, record: bool = True) -> None:
+        """Look at a decoder; nothing is copied, so that weights changed in place are seen as they are then.
 
         Args:
-            decoder: Whose weights.
+            decoder: Whose weights. If they are put elsewhere (:meth:`stale`), make another runner.
             kv_dtype: Of keys and values: float32, bfloat16, float16, or float8_e4m3fn (only on GPUs with Triton, for
                 long videos); by default what is fast and loses nothing beside the weights.
+            record: Whether a GPU's steps are recorded and replayed, which pays when there are many of a kind.
 
         Raises:
             EmulusError: Keys and values cannot be of that type here.
@@ -121,8 +123,13 @@ class Runner:
         devices = [layer.device for layer in self._layers]
         together = {*devices, self._embedding.device, self._norm.device} == {self.device}
         self._kernels = _kernels(self._norm, decoder.config.head_width) if together else None
-        self._graphs = Graphs(self._compute)
+        # Not the method itself: a runner that refers to itself would keep the weights until the next collection.
+        compute = weakref.WeakMethod(self._compute)
+        self._graphs = Graphs(lambda *tensors: compute()(*tensors), most=64 if record else 0)  # type: ignore[misc]
         self._table = _table(self._layers) if self._kernels is native else None
+        # The table holds addresses, so what lies there must stay, whatever becomes of the decoder.
+        self._decoder = weakref.ref(decoder)
+        self._kept = _storages(decoder)
         self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels, kv_dtype))
 
     @property
@@ -134,6 +141,14 @@ class Runner:
     def steady(self) -> bool:
         """Whether what comes out for a token is the same to the bit, whatever is computed in the same step."""
         return self._table is not None and bool(_numbers(self._head))
+
+    @property
+    def stale(self) -> bool:
+        """Whether the decoder's weights lie elsewhere by now (it was moved, cast, or other tensors were put in)."""
+        decoder = self._decoder()
+        return decoder is None or [each.data_ptr() for each in _storages(decoder)] != [
+            each.data_ptr() for each in self._kept
+        ]
 
     def new_lane(self, capacity: int) -> Lane:
         """Room for one sequence of at most ``capacity`` tokens.
@@ -300,6 +315,11 @@ def _addresses(flat: _Flat, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return base, capacity, each_token([lane.ready[device].data_ptr() if lane.ready else 0 for lane in lanes])
 
 
+def _storages(decoder: Decoder) -> list[Tensor]:
+    """Every tensor of a decoder, as it lies in memory now."""
+    return [each.detach() for each in (*decoder.parameters(), *decoder.buffers())]
+
+
 def _layers(decoder: Decoder) -> Iterator[_Layer]:
     seen: list[torch.device] = []
     for block in decoder.model.blocks:
@@ -331,12 +351,12 @@ def _table(layers: Sequence[_Layer]) -> Tensor | None:
     """What the native kernels need to compute all blocks in one call; None where they cannot."""
     rows = [_row(layer) for layer in layers]
     whole = all(len(row) == native.BLOCK_NUMBERS for row in rows)
-    return torch.tensor(rows, dtype=torch.int64) if whole else None
+    return torch.tensor(rows, dtype=torch.int64, device="cpu") if whole else None
 
 
 def _row(layer: _Layer) -> list[int]:
     norms = [layer.norm, layer.mlp_norm, layer.q_norm, layer.k_norm]
-    if any(norm is not None and norm.dtype not in (torch.float32, torch.bfloat16) for norm in norms):
+    if {norm.dtype for norm in norms if norm is not None} not in ({torch.float32}, {torch.bfloat16}):
         return []
     row = [0 if norm is None else norm.data_ptr() for norm in norms]
     row.append(int(layer.norm.dtype == torch.bfloat16))

@@ -18,6 +18,9 @@ from emulus.sequence.layout import CELL
 
 _MOST = 64
 
+# Ids of one request in a step: the kernels for few tokens take so many.
+_MOST_IDS = 120
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -162,6 +165,8 @@ class _Ahead:
         upcoming = walk.upcoming(self._window.window())
         guesses = iter(self._guess(int((upcoming == CELL).sum()) - 1))
         for offset, entry in enumerate(upcoming[1:].tolist(), start=1):
+            if len(ids) >= _MOST_IDS:
+                break
             before = int(upcoming[offset - 1])
             ids.append(next(guesses) if before == CELL else before)
             if entry == CELL:
@@ -171,7 +176,7 @@ class _Ahead:
         return Ask(ids=ids, wanted=wanted, positions=positions)
 
     def foreseen(self, most: int) -> list[list[int]]:
-        if most < 1 or self._window.window() > 1:
+        if most < 1 or self._window != _Fixed(1):
             return []
         follows: list[list[int]] = []
         before = CELL
@@ -246,24 +251,28 @@ class _Rows:
         self._single = _Ahead(walk, _Fixed(1))
         self._rows: list[_Run] = []
         self._start = 0
+        self._first = 0
         self._told = 0
         self._asked: list[_Run] = []
+        self._computed: list[tuple[_Run, int]] = []
 
     def ask(self) -> Ask:
         if not self._rows:
             self._rows = _rows(self._walk)
             self._start = self._walk.position - len(self._walk.fresh)
-            self._told = 0
+            self._first = self._told = 0
         if not self._rows:
             return self._single.ask()
         ids: list[int] = []
         offsets: list[int] = []
         wanted: list[int] = []
-        self._asked = []
+        self._asked, self._computed = [], []
         for row in self._growing():
+            if len(ids) + len(row.ids) - row.fed > _MOST_IDS and ids:
+                break
             ids += row.ids[row.fed :]
             offsets += range(row.offset + row.fed, row.offset + len(row.ids))
-            row.fed = len(row.ids)
+            self._computed.append((row, len(row.ids)))
             if not row.whole:
                 wanted.append(len(ids) - 1)
                 self._asked.append(row)
@@ -276,6 +285,8 @@ class _Rows:
     def take(self, chosen: Sequence[int]) -> tuple[list[Event], int]:
         if not self._rows:
             return self._single.take(chosen)
+        for row, fed in self._computed:
+            row.fed = fed
         for row, id in zip(self._asked, chosen, strict=True):
             row.ids.append(id)
         events = list(self._tell())
@@ -291,7 +302,8 @@ class _Rows:
     def _growing(self) -> Iterator[_Run]:
         """The rows that may go on now, and whole ones whose last cell has not been computed yet."""
         above: _Run | None = None
-        for row in self._rows:
+        # Rows that were told of are whole, and but for the last of them computed to the end.
+        for row in self._rows[max(self._first - 2, 0) :]:
             lead = self._window or -(-row.width // 2)
             ahead = above is None or above.whole or above.columns >= row.columns + lead
             if row.whole or ahead:
@@ -303,19 +315,19 @@ class _Rows:
 
     def _tell(self) -> Iterator[Event]:
         """Tell of the cells that are there without a gap, in the order in which they stand."""
-        cells: list[int] = []
-        for row in self._rows:
-            cells += row.ids[row.lead :]
+        while self._first < len(self._rows):
+            row = self._rows[self._first]
+            for id in row.ids[row.lead + self._told :]:
+                yield from self._walk.take(id)
+                yield from self._walk.run_forced()
+            self._told = len(row.ids) - row.lead
             if not row.whole:
-                break
-        for id in cells[self._told :]:
-            yield from self._walk.take(id)
-            yield from self._walk.run_forced()
-        self._told = len(cells)
+                return
+            self._first, self._told = self._first + 1, 0
 
 
 def _rows(walk: Walk) -> list[_Run]:
-    """The rows that are missing of the open picture or clip; none unless rows have something between them."""
+    """The rows that are missing of the open picture or clip; none unless something stands between any two of them."""
     rest = walk.rest
     if rest is None:
         return []
@@ -325,6 +337,8 @@ def _rows(walk: Walk) -> list[_Run]:
     for offset, entry in enumerate([*rest.ids.tolist(), None]):
         if entry == CELL:
             cells += 1
+        elif cells > rest.width:
+            return []
         elif cells:
             start = before + offset - cells - len(lead)
             skipped = rest.width - cells if not rows else 0

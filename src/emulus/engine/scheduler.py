@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ _SHARE = 0.9
 _AHEAD = 24
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Track:
     """One sequence of a request: its prompt or its null prompt, and what follows.
 
@@ -40,7 +41,7 @@ class _Track:
     """
 
     lane: Lane
-    prompt: Sequence[int]
+    prompt: tuple[int, ...]
     started: bool = False
 
     @property
@@ -62,7 +63,7 @@ class _Track:
         return Feed(lane=self.lane, ids=ids, positions=positions, wanted=ask.wanted)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Running:
     """A request that has been let in."""
 
@@ -139,6 +140,8 @@ class Scheduler:
             for device in runner.layout.devices
         }
         self._budget = _Budget(limit)
+        # A step computes with bare addresses of the lanes, so nothing may be freed meanwhile.
+        self._lock = threading.RLock()
         self._queue: deque[Walk] = deque()
         self._running: list[_Running] = []
 
@@ -160,27 +163,40 @@ class Scheduler:
         """
         need = self._need(walk)
         if not self._budget.fits(need, empty=True):
-            wanted, limit = (sum(sizes.values()) / 2**30 for sizes in (need, self._budget.limit))
+            short = next(device for device, size in need.items() if size > self._budget.limit.get(device, 0))
+            wanted, limit = (sizes.get(short, 0) / 2**30 for sizes in (need, self._budget.limit))
             raise EmulusError(
-                f"the keys and values of {walk.length} ids take {wanted:.2f} GiB, but there are {limit:.2f} GiB for "
-                "them; ask for something smaller, or give the engine a larger kv_budget"
+                f"the keys and values of {walk.length} ids take {wanted:.2f} GiB on {short}, but there are {limit:.2f} "
+                "GiB for them; ask for something smaller, or give the engine a larger kv_budget"
             )
-        self._queue.append(walk)
+        with self._lock:
+            self._queue.append(walk)
 
     def cancel(self, request: int) -> None:
         """Forget a request, running or waiting; its memory is free at once. An unknown one is no error."""
-        self._queue = deque(walk for walk in self._queue if walk.index != request)
-        for running in [each for each in self._running if each.walk.index == request]:
-            self._release(running)
+        with self._lock:
+            self._queue = deque(walk for walk in self._queue if walk.index != request)
+            for running in [each for each in self._running if each.walk.index == request]:
+                self._release(running)
 
     def close(self) -> None:
         """Forget all requests, and free their memory even where somebody still holds on to what they were."""
-        self._queue.clear()
-        for running in list(self._running):
-            self._release(running)
+        with self._lock:
+            self._queue.clear()
+            for running in list(self._running):
+                self._release(running)
 
     def step(self) -> list[Event]:
-        """Let requests in, compute a part of their prompts, and one step of all whose prompts are computed."""
+        """Let requests in, compute a part of their prompts, and one step of all whose prompts are computed.
+
+        Another thread may submit and cancel meanwhile; it waits until the step is made. Should a step fail (memory that
+        others took), nothing of it has happened: it can be made again, or :meth:`close` gives everything back.
+        """
+        device = self._runner.device.type
+        with self._lock, torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
+            return self._step()
+
+    def _step(self) -> list[Event]:
         events = self._admit()
         self._prefill()
         going = [running for running in self._running if running.ready]
@@ -245,7 +261,9 @@ class Scheduler:
         events: list[Event] = []
         while self._queue and len(self._running) < self._most_running:
             walk = self._queue[0]
+            before = walk.position
             events += walk.run_forced()
+            self.counts.tokens += walk.position - before
             if walk.finished:
                 self._queue.popleft()
                 continue
@@ -262,28 +280,35 @@ class Scheduler:
                 continue
             self._queue.popleft()
             self._budget.take(need)
-            tracks = [_Track(lane=lane, prompt=prompt) for lane, prompt in zip(lanes, _prompts(walk), strict=True)]
+            tracks = [
+                _Track(lane=lane, prompt=tuple(prompt)) for lane, prompt in zip(lanes, _prompts(walk), strict=True)
+            ]
             course = self._schedule.course(walk, self._pace)
             self._running.append(_Running(walk=walk, course=course, tracks=tracks))
         return events
 
     def _prefill(self) -> None:
-        """Compute one piece of every prompt that is not computed yet; of equal prompts only one."""
+        """Compute one piece of every prompt that is not computed yet; of equal prompts only one, the others wait."""
         tracks = [track for running in self._running for track in running.tracks]
-        for track in tracks:
-            if not track.missing:
-                continue
-            twin = next((each for each in tracks if _is_twin(each, track)), None)
-            if twin is not None and not track.lane.length:
-                track.lane.begin_like(twin.lane, len(track.prompt) - 1)
-                continue
-            # Pieces begin at multiples of their size, and each is computed by itself: what comes out depends on the
-            # prompt alone, to the bit.
-            start = track.lane.length
-            piece = track.prompt[start : min(start + AT_ONCE, len(track.prompt) - 1)]
-            self._runner.forward([Feed(lane=track.lane, ids=piece, wanted=[])])
-            track.lane.length += len(piece)
-            self.counts.prefilled += len(piece)
+        missing = [track for track in tracks if track.missing]
+        if not missing:
+            return
+        leaders = {track.prompt: track for track in tracks if not track.missing}
+        for track in missing:
+            leader = leaders.setdefault(track.prompt, track)
+            if leader is track or track.lane.length:
+                self._compute_piece(track)
+            elif not leader.missing:
+                track.lane.begin_like(leader.lane, len(track.prompt) - 1)
+
+    def _compute_piece(self, track: _Track) -> None:
+        # Pieces begin at multiples of their size, and each is computed by itself: what comes out depends on the prompt
+        # alone, to the bit.
+        start = track.lane.length
+        piece = track.prompt[start : min(start + AT_ONCE, len(track.prompt) - 1)]
+        self._runner.forward([Feed(lane=track.lane, ids=piece, wanted=[])])
+        track.lane.length += len(piece)
+        self.counts.prefilled += len(piece)
 
     def _need(self, walk: Walk) -> dict[torch.device, int]:
         sizes = self._runner.layout.bytes(walk.length)
@@ -311,11 +336,6 @@ def _prompts(walk: Walk) -> list[Sequence[int]]:
     request = walk.request
     null = [request.null_ids] if request.guided and request.null_ids is not None else []
     return [request.prompt_ids, *null]
-
-
-def _is_twin(other: _Track, track: _Track) -> bool:
-    """Whether another sequence began with the same prompt, and has computed it."""
-    return other is not track and not other.missing and list(other.prompt) == list(track.prompt)
 
 
 def _questions(going: Sequence[_Running], asks: Sequence[Ask]) -> Iterator[Question]:

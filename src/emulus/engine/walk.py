@@ -66,9 +66,9 @@ class Walk:
         for ids in prompts:
             _check_ids(ids, grammar.vocabulary.size)
         # A picture or clip of more cells could not be finished, so the model may not begin one.
-        most_cells = request.params.max_new_tokens
+        most_cells = min(request.params.max_new_tokens, grammar.max_cells)
         self._state = grammar.start(request.prompt_ids, may=request.may, max_cells=most_cells)
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts if request.guided else prompts[:1]))
         self._limit = self._room(longest, context)
         self.length = longest + self._limit
         self._cells = self._cells_of_prompt()
@@ -114,12 +114,16 @@ class Walk:
         """
         size = self._state.position.size
         assert size is not None, "there are cells only in pictures and clips"
-        cells = self._cells + list(guesses)
-        known = len(cells)
+        known, more = self._cells, list(guesses)
         for _ in range(count):
-            back = next((step for step in (size.h * size.w, size.w, 1) if step <= len(cells)), 0)
-            cells.append(cells[-back] if back else self._grammar.vocabulary.visual_start)
-        return cells[known:]
+            place = len(known) + len(more)
+            back = next((step for step in (size.h * size.w, size.w, 1) if step <= place), 0)
+            before = place - back
+            if not back:
+                more.append(self._grammar.vocabulary.visual_start)
+            else:
+                more.append(known[before] if before < len(known) else more[before - len(known)])
+        return more[len(guesses) :]
 
     def run_forced(self) -> Iterator[Event]:
         """Take every id that needs no model: what the grammar forces, and the end at the limit."""

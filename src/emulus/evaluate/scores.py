@@ -82,7 +82,7 @@ def score_endings(
     Returns:
         Natural logarithm of each ending's probability.
     """
-    runner = Runner(decoder)
+    runner = Runner(decoder, record=False)
     start = len(beginning)
     first = runner.new_lane(start)
     last = _read(runner, first, beginning.tolist())[-1:]

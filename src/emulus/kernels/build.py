@@ -46,7 +46,7 @@ def library(check: Callable[[Path], object], *, macros: Sequence[str] = ()) -> P
     defines = [f"-D{name}" for name in macros]
     name = f"native-{_key(compiler, defines)}.so"
     path = _cache() / name
-    if path.is_file():
+    if path.is_file() and _is_ours(path.parent) and _is_ours(path):
         try:
             check(path)
         except EmulusError:
@@ -60,7 +60,9 @@ def library(check: Callable[[Path], object], *, macros: Sequence[str] = ()) -> P
 
     logger.info("compiling the CPU kernels; this is done once and takes some seconds")
     try:
-        os.makedirs(path.parent, exist_ok=True)
+        os.makedirs(path.parent, mode=0o700, exist_ok=True)
+        if not _is_ours(path.parent):
+            raise OSError("others may write there")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError:
@@ -73,7 +75,7 @@ def _compiler() -> list[str]:
     """The command that compiles C++: what ``CXX`` says, else the first that is there."""
     chosen = os.environ.get("CXX")
     commands = [shlex.split(chosen)] if chosen else [["c++"], ["g++"], ["clang++"]]
-    for command in commands:
+    for command in filter(None, commands):
         program = shutil.which(command[0])
         if program is not None:
             return [program, *command[1:]]
@@ -120,5 +122,18 @@ def _processor() -> str:
 
 def _cache() -> Path:
     """The user's cache folder for Emulus."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "emulus"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):
+        return Path(base) / "emulus"
+    try:
+        return Path.home() / ".cache" / "emulus"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.mkdtemp(prefix="emulus-"))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else may have put it there, or changed it: what lies in it is going to be run."""
+    if not hasattr(os, "getuid"):
+        return True
+    stat = path.stat()
+    return stat.st_uid == os.getuid() and not stat.st_mode & 0o022

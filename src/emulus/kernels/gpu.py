@@ -247,8 +247,8 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
     """
     n, heads, width = q.shape
     out = torch.empty(n, heads * width, dtype=q.dtype, device=q.device)
-    sums = torch.empty(n, heads, _SPLITS, width, device=q.device)
-    peaks, weights = torch.empty(2, n, heads, _SPLITS, device=q.device)
+    sums = torch.empty(n, heads, _SPLITS, width, dtype=torch.float32, device=q.device)
+    peaks, weights = torch.empty(2, n, heads, _SPLITS, dtype=torch.float32, device=q.device)
     block, rows = _ATTENTION[q.dtype]
     group = heads // where.kv_heads
     shape = {"HEADS": heads, "WIDTH": width, "WIDE": _power(width), "BLOCK": block, "SPLITS": _SPLITS}

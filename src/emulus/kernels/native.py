@@ -78,8 +78,8 @@ def load(path: Path) -> ctypes.CDLL:
             getattr(library, name).argtypes = [_TYPES[letter] for letter in letters]
     except (OSError, AttributeError) as error:
         raise EmulusError(f"{path.name} cannot be loaded ({error})") from error
-    x = torch.arange(2 * 21).view(2, 21).float() % 5
-    weight = torch.arange(5 * 21).view(5, 21).float() % 7
+    x = torch.arange(2 * 21, dtype=torch.float32, device="cpu").view(2, 21) % 5
+    weight = torch.arange(5 * 21, dtype=torch.float32, device="cpu").view(5, 21) % 7
     if not torch.equal(_linear(library, x, weight), (x[:, None] * weight).sum(-1)):
         raise EmulusError(f"{path.name} computes wrong products")
     return library
@@ -101,7 +101,7 @@ def _linear(library: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
     _check_rows(x, "x")
     if weight.shape[1] != width or not weight.is_contiguous() or not weight.is_cpu:
         raise ValueError(f"x {tuple(x.shape)} needs a contiguous weight (out, {width}), got {_describe(weight)}")
-    result = torch.empty(n, rows)
+    result = _new(n, rows)
     _done(
         library.emulus_linear(
             x.data_ptr(), n, x.stride(0), width, weight.data_ptr(), _bfloat16(weight.dtype), rows, result.data_ptr(),
@@ -128,7 +128,7 @@ def linear_int8(
         raise ValueError(f"x {tuple(x.shape)}, q {tuple(q.shape)} and scale {tuple(scale.shape)} do not fit")
     _check_whole(q, torch.int8, "q")
     _check_whole(scale, torch.float32, "scale")
-    result = torch.empty(n, rows)
+    result = _new(n, rows)
     _done(
         _loaded().emulus_linear_int8(
             x.data_ptr(), n, x.stride(0), width, q.data_ptr(), scale.data_ptr(), rows, result.data_ptr(),
@@ -165,7 +165,7 @@ def linear_int4(
     _check_whole(q, torch.uint8, "q")
     _check_whole(scale, torch.bfloat16, "scale")
     _check_whole(low, torch.bfloat16, "low")
-    result = torch.empty(n, rows)
+    result = _new(n, rows)
     _done(
         _loaded().emulus_linear_int4(
             x.data_ptr(), n, x.stride(0), width, q.data_ptr(), scale.data_ptr(), low.data_ptr(), groups,
@@ -187,7 +187,7 @@ def rms_norm(x: Float[Tensor, "n size"], weight: Float[Tensor, " size"], eps: fl
     _check_rows(x, "x")
     if weight.shape != (size,) or not weight.is_contiguous() or not weight.is_cpu:
         raise ValueError(f"x {tuple(x.shape)} needs a contiguous weight ({size},), got {_describe(weight)}")
-    result = torch.empty(n, size)
+    result = _new(n, size)
     _loaded().emulus_rms_norm(
         x.data_ptr(), n, x.stride(0), size, weight.data_ptr(), _bfloat16(weight.dtype), eps, result.data_ptr()
     )
@@ -206,7 +206,7 @@ def silu_mul(gate: Float[Tensor, "n size"], up: Float[Tensor, "n size"]) -> Floa
     _check_rows(up, "up")
     if up.shape != gate.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} do not fit")
-    result = torch.empty(n, size)
+    result = _new(n, size)
     _loaded().emulus_silu_mul(gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), n, size, result.data_ptr())
     return result
 
@@ -245,7 +245,7 @@ def rotate_and_store(
     _check_heads(v, "v")
     _check_whole(cos, torch.float32, "cos")
     _check_whole(sin, torch.float32, "sin")
-    result = torch.empty(n, heads, width)
+    result = _new(n, heads, width)
     strides = (c_int64 * 3)(q.stride(0), k.stride(0), v.stride(0))
     _loaded().emulus_rotate_and_store(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, n, heads, cos.data_ptr(), sin.data_ptr(),
@@ -268,7 +268,7 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
     _check_heads(q, "q")
     if heads % where.kv_heads:
         raise ValueError(f"{heads} heads cannot share {where.kv_heads} key/value heads evenly")
-    result = torch.empty(n, heads * width)
+    result = _new(n, heads * width)
     ready = 0 if where.ready is None else where.ready.data_ptr()
     _done(
         _loaded().emulus_attend(
@@ -296,11 +296,17 @@ def matrix(
         What :func:`blocks` needs to know of it; nothing where it cannot be multiplied with.
     """
     fits = data.is_cpu and all(part is None or part.is_contiguous() for part in (data, scale, low))
-    kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 4 if rounded else 3}
-    if not fits or data.dtype not in kinds:
+    kinds = {
+        (torch.float32, None, None): 0,
+        (torch.bfloat16, None, None): 1,
+        (torch.int8, torch.float32, None): 2,
+        (torch.uint8, torch.bfloat16, torch.bfloat16): 4 if rounded else 3,
+    }
+    types = tuple(None if part is None else part.dtype for part in (data, scale, low))
+    if not fits or types not in kinds:
         return ()
     addresses = (0 if part is None else part.data_ptr() for part in (data, scale, low))
-    return (kinds[data.dtype], *addresses, data.shape[0], width, 0 if low is None else low.shape[1])
+    return (kinds[types], *addresses, data.shape[0], width, 0 if low is None else low.shape[1])
 
 
 def blocks(
@@ -390,7 +396,7 @@ def choose(
         raise ValueError(f"temperature {temperature} and k {k} must not be negative")
     _check_whole(seeds, torch.int64, "seeds")
     _check_whole(positions, torch.int64, "positions")
-    result = torch.empty(n, dtype=torch.int64)
+    result = torch.empty(n, dtype=torch.int64, device="cpu")
     _done(
         _loaded().emulus_choose(
             cond.data_ptr(), cond.stride(0), 0 if null is None else null.data_ptr(),
@@ -401,6 +407,11 @@ def choose(
     return result
 
 
+def _new(*shape: int) -> Tensor:
+    """Room for results, whatever type and device others have made the default."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _start() -> None:
     global _library, _tried
     with _lock:
@@ -409,7 +420,7 @@ def _start() -> None:
         if os.environ.get("EMULUS_NATIVE") != "0":
             try:
                 _library = load(build.library(load))
-            except (EmulusError, OSError) as error:
+            except Exception as error:  # whatever is odd about this machine: the kernels are never required
                 logger.warning("the fast CPU kernels are off, plain PyTorch is used: %s", error)
         _tried = True
 

@@ -104,6 +104,14 @@ class QuantizedLinear(nn.Module):
         """Multiply, in the input's type."""
         return linear(x, self)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # A model may be cast to another type; what the bits here mean stays, and only the device changes.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"

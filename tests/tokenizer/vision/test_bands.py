@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -176,6 +177,19 @@ def test_autocast_does_not_round_bands(wide: VisionTokenizer) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = wide.latents(pixels)
     torch.testing.assert_close(found, wide.latents(pixels), atol=1e-6, rtol=0)
+
+
+def test_other_types_take_the_plain_way(wide: VisionTokenizer) -> None:
+    pixels = torch.rand(2, 3, 16, 16)
+    exact = copy.deepcopy(wide).double()
+    assert exact.latents(pixels.double()).dtype == torch.float64
+    torch.testing.assert_close(exact.latents(pixels.double()).float(), wide.latents(pixels), atol=2e-5, rtol=1e-5)
+
+
+def test_an_empty_batch(wide: VisionTokenizer) -> None:
+    codes = wide.encode(torch.zeros(0, 3, 16, 24))
+    assert codes.shape == (0, 8, 12)
+    assert wide.decode(codes).shape == (0, 3, 16, 24)
 
 
 class Largest(TorchDispatchMode):

@@ -39,12 +39,16 @@ WINOGRAD_TILES = 256
 # Places whose moments are taken, and queries that attend, together.
 CHUNK = 512
 
+# Half precision has its own ways on a CPU, and who asks for float64 wants its digits.
+_TYPES = (torch.float32, torch.bfloat16)
+
 Map = Float[Tensor, "h w c"]
 
 
 def usable(x: Tensor, channels: int) -> bool:
     """Whether a layer of this many channels runs in bands."""
-    return channels >= MIN_CHANNELS and x.device.type == "cpu" and not torch.is_grad_enabled()
+    wide = channels >= MIN_CHANNELS and x.numel() > 0
+    return wide and x.device.type == "cpu" and x.dtype in _TYPES and not torch.is_grad_enabled()
 
 
 def each_map(layer: Callable[[Map, Map | None], Map], x: Tensor, zq: Tensor | None = None) -> Tensor:

@@ -313,6 +313,6 @@ def heavy_convolutions(half: nn.Module) -> dict[str, nn.Conv2d]:
 def precision_of(middle: Middle) -> AbstractContextManager[object]:
     """Context in which the plain layers around ``middle`` run in bfloat16 if their weights are held so."""
     weight = middle.block_1.conv1.weight
-    if weight.dtype == torch.float32:
+    if weight.dtype != torch.bfloat16:
         return nullcontext()
     return torch.autocast(weight.device.type, dtype=weight.dtype)

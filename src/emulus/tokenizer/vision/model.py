@@ -146,9 +146,9 @@ class VisionTokenizer(nn.Module):
         self._check(pixels)
         if pixels.ndim == 4:
             # A still clip: its frames are equal until the temporal part, so they are computed once.
-            features = _in_pieces(self.encoder.frames, pixels, pixels=pixels[0, 0].numel())[:, :, None]
+            features = _in_pieces(self.encoder.frames, pixels, pixels=_area(pixels))[:, :, None]
             return self._latents_of(features.expand(-1, -1, self.config.temporal_factor, -1, -1))
-        frames = _in_pieces(self.encoder.frames, pixels.flatten(0, 1), pixels=pixels[0, 0, 0].numel())
+        frames = _in_pieces(self.encoder.frames, pixels.flatten(0, 1), pixels=_area(pixels))
         return self._latents_of(frames.unflatten(0, pixels.shape[:2]).transpose(1, 2))
 
     def paint(self, vectors: Float[Tensor, "b d t h w"], *, is_image: bool) -> Float[Tensor, "b *frames c H W"]:
@@ -156,8 +156,7 @@ class VisionTokenizer(nn.Module):
         both = self._spread(vectors, first_frame=is_image)
         batch = vectors.shape[0]
         flat = (each[:, :, 0] if is_image else each.transpose(1, 2).flatten(0, 1) for each in both)
-        size = vectors[0, 0, 0].numel() * self.config.spatial_factor**2
-        frames = _in_pieces(self.decoder.frames, *flat, pixels=size)
+        frames = _in_pieces(self.decoder.frames, *flat, pixels=_area(vectors) * self.config.spatial_factor**2)
         return frames if is_image else frames.unflatten(0, (batch, -1))
 
     def _latents_of(self, features: Float[Tensor, "b z T h w"], past: Past | None = None) -> Tensor:
@@ -204,6 +203,10 @@ class VisionTokenizer(nn.Module):
         factor = self.config.temporal_factor
         if count == 0 or count % factor:
             raise EmulusError(f"the number of frames must be a multiple of {factor}, got {count}: cut or repeat frames")
+
+
+def _area(grid: Tensor) -> int:
+    return grid.shape[-2] * grid.shape[-1]
 
 
 def _in_pieces(layers: Callable[..., Tensor], *samples: Tensor, pixels: int) -> Tensor:
