@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -174,6 +176,23 @@ def test_special_strings_in_prompts_are_plain_text(tiny: Emulus) -> None:
 def test_options_out_of_range(tiny: Emulus, options: dict[str, float]) -> None:
     with pytest.raises(EmulusError, match=next(iter(options))):
         tiny.generate_image("a cat", **options)
+
+
+def test_painting_in_bfloat16(tiny: Emulus, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    plain, short = (emulus.load(tmp_path / "model", device="cpu", vision_dtype=d) for d in ("float32", "bfloat16"))
+    first, second = (model.generate_image("a cat", seed=3) for model in (plain, short))
+    assert short.vision.decoder.conv_in.weight.dtype == torch.float32
+    assert short.vision.decoder.mid.block_1.conv1.weight.dtype == torch.bfloat16
+    assert short.vision.encoder.mid.block_1.conv1.weight.dtype == torch.float32
+    difference = np.asarray(first, np.float32) - np.asarray(second, np.float32)
+    assert np.abs(difference).mean() < 4
+    assert torch.equal(plain.encode(first).codes, short.encode(first).codes)
+    assert json.loads(second.info["emulus"])["vision_dtype"] == "bfloat16"
+    with pytest.raises(EmulusError, match="vision_dtype is 'bfloat'; did you mean 'bfloat16'"):
+        emulus.load(tmp_path / "model", vision_dtype="bfloat")
+    with pytest.raises(EmulusError, match=r"keys and values cannot be torch\.float8_e4m3fn"):
+        emulus.load(tmp_path / "model", kv_dtype=torch.float8_e4m3fn).generate_image("a cat")
 
 
 def test_save_and_load(tiny: Emulus, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from emulus.engine import Engine, Jacobi, Schedule, Sequential, Zipar
 from emulus.engine.runner import Runner
 from emulus.errors import EmulusError, at_least, did_you_mean
@@ -27,11 +29,13 @@ class EngineOptions:
         schedule: In which order ids are computed: a value of :mod:`emulus.engine`, or a name. ``auto`` is
             :func:`best_schedule`.
         kv_budget: Bytes for keys and values on each device; None is nine tenths of what is free.
+        kv_dtype: Of keys and values, as for :class:`~emulus.engine.runner.Runner`.
         batch_size: Most requests that are computed together.
     """
 
     schedule: ScheduleName | Schedule = "auto"
     kv_budget: int | None = None
+    kv_dtype: torch.dtype | None = None
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -47,7 +51,7 @@ class EngineOptions:
         schedule = _schedule(self.schedule, decoder)
         if not schedule.exact:
             logger.warning(f"{schedule} is lossy: its pictures are not those of one id after another")
-        return Engine(decoder, grammar, schedule=schedule, kv_budget=self.kv_budget)
+        return Engine(decoder, grammar, schedule=schedule, kv_budget=self.kv_budget, kv_dtype=self.kv_dtype)
 
 
 def best_schedule(decoder: Decoder) -> Schedule:

@@ -29,6 +29,7 @@ class ModelOptions:
         vision: Folder or name of the vision tokenizer, if the model has none.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: Of the decoder's weights; ``auto`` is float32, on a GPU bfloat16 for large models.
+        vision_dtype: Of the vision tokenizer's layers that paint; bfloat16 is faster and smaller, a hair off.
         quantize: Fewer bits for most of the decoder's weights.
         preset: Whose prompts and defaults, if the model's folder does not look like it.
         compat: ``released`` repeats the released code where Emulus does better.
@@ -36,7 +37,7 @@ class ModelOptions:
             result in fewer steps. zipar: several rows at a time; fewer steps, another picture. auto: jacobi where it is
             the same to the bit (on a CPU), else sequential.
         window: Of jacobi, how many ids are guessed at once; by default whatever is fastest. Of zipar, how many columns
-            a row is behind the one above it, 16 by default; fewer is faster and worse.
+            a row is behind the one above it, half a row by default; fewer is faster and worse.
         batch_size: Most pictures or captions that are computed together; more take more memory.
     """
 
@@ -44,6 +45,7 @@ class ModelOptions:
     vision: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    vision_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Quantization | None = None
     preset: Literal["native", "emu3", "emu3-base", "emu3.5"] | None = None
     compat: Literal["released"] | None = None
@@ -58,6 +60,7 @@ class ModelOptions:
             vision=self.vision,
             device=self.device,
             dtype=self.dtype,
+            vision_dtype=self.vision_dtype,
             quantize=self.quantize,
             preset=self.preset,
             compat=self.compat,
