@@ -46,6 +46,9 @@ def test_auto_goes_one_after_another_where_rounding_depends_on_the_step() -> Non
     ("wrong", "message"),
     [
         ({"schedule": "jacoby"}, "no schedule 'jacoby'; did you mean 'jacobi'"),
+        ({"schedule": 3}, "schedule is 3 but must be a value of emulus.engine"),
+        ({"kv_budget": "1GB"}, "kv_budget must be at least 1, got '1GB'"),
+        ({"kv_dtype": "bfloat16"}, "kv_dtype is 'bfloat16' but must be a type of torch"),
         ({"schedule": "quick"}, "choose from auto, jacobi, sequential, zipar"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"kv_budget": 0}, "kv_budget must be at least 1"),

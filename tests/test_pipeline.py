@@ -192,7 +192,7 @@ def test_painting_in_bfloat16(tiny: Emulus, tmp_path: Path) -> None:
     with pytest.raises(EmulusError, match="vision_dtype is 'bfloat'; did you mean 'bfloat16'"):
         emulus.load(tmp_path / "model", vision_dtype="bfloat")
     with pytest.raises(EmulusError, match=r"keys and values cannot be torch\.float8_e4m3fn"):
-        emulus.load(tmp_path / "model", kv_dtype=torch.float8_e4m3fn).generate_image("a cat")
+        emulus.load(tmp_path / "model", kv_dtype=torch.float8_e4m3fn)
 
 
 def test_save_and_load(tiny: Emulus, tmp_path: Path) -> None:

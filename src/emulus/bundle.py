@@ -106,7 +106,7 @@ def load_bundle(
     max_memory: Mapping[str, int] | None = None,
     revision: str | None = None,
     preset: str | None = None,
-    vision_dtype: str = "float32",
+    vision_dtype: torch.dtype | str = "float32",
 ) -> Bundle:
     """Read a model, in whichever published layout it is.
 
@@ -154,7 +154,7 @@ def load_bundle(
         loading={
             "dtype": str(kind).removeprefix("torch."),
             "quantize": str(bits or "no"),
-            "vision_dtype": vision_dtype,
+            "vision_dtype": str(paints_in).removeprefix("torch."),
         },
         default_vision=_default_vision(contents),
         vision_dtype=paints_in,
@@ -194,8 +194,9 @@ def _load_vision(contents: Contents, device: str, dtype: torch.dtype) -> VisionT
     return load_vision_tokenizer_from(contents.vision, contents.vision_tensors, pick_device(device), dtype=dtype)
 
 
-def _vision_dtype(name: str) -> torch.dtype:
+def _vision_dtype(wanted: torch.dtype | str) -> torch.dtype:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    name = str(wanted).removeprefix("torch.")
     if name not in kinds:
         raise EmulusError(f"vision_dtype is {name!r}{did_you_mean(name, kinds)}")
     return kinds[name]

@@ -22,8 +22,8 @@ def at_least(low: float, **values: float) -> None:
         EmulusError: Names the first such value.
     """
     for name, value in values.items():
-        if not value >= low:
-            raise EmulusError(f"{name} must be at least {low:g}, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
+            raise EmulusError(f"{name} must be at least {low:g}, got {value!r}")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -40,6 +40,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         names = get_args(ScheduleName)
+        if not isinstance(self.schedule, str | Sequential | Jacobi | Zipar):
+            raise EmulusError(f"schedule is {self.schedule!r} but must be a value of emulus.engine, or a name")
+        if self.kv_dtype is not None and not isinstance(self.kv_dtype, torch.dtype):
+            raise EmulusError(f"kv_dtype is {self.kv_dtype!r} but must be a type of torch, such as torch.bfloat16")
         if isinstance(self.schedule, str) and self.schedule not in names:
             raise EmulusError(f"there is no schedule {self.schedule!r}{did_you_mean(self.schedule, names)}")
         at_least(1, batch_size=self.batch_size)

@@ -21,6 +21,7 @@ from torch import Tensor
 from emulus import __version__
 from emulus.bundle import Bundle, load_bundle
 from emulus.engine import Engine, Frame, Request, Result, Row, Schedule, TextPiece, Token
+from emulus.engine.runner import Runner
 from emulus.errors import EmulusError, at_least
 from emulus.log import progress_bar
 from emulus.media import Clip, pixels_to_clip, pixels_to_image
@@ -43,7 +44,7 @@ def load(
     max_memory: Mapping[str, int] | None = None,
     revision: str | None = None,
     preset: str | None = None,
-    vision_dtype: str = "float32",
+    vision_dtype: torch.dtype | str = "float32",
     compat: Literal["released"] | None = None,
     schedule: ScheduleName | Schedule = "auto",
     kv_budget: int | None = None,
@@ -99,6 +100,8 @@ def load(
         preset=preset,
         vision_dtype=vision_dtype,
     )
+    if bundle.decoder is not None and kv_dtype is not None:
+        Runner(bundle.decoder, kv_dtype=kv_dtype)  # whether such keys and values are possible, before they are needed
     return Emulus(bundle, compat=compat, device=device, options=options)
 
 

@@ -111,8 +111,8 @@ class Engine:
         """
         scheduler = self.scheduler(batch_size)
         try:
-            for index, request in enumerate(requests):
-                scheduler.submit(self.walk(index, request))
+            for request in requests:
+                scheduler.submit(request)
             while scheduler.busy:
                 yield from scheduler.step()
         finally:
@@ -133,6 +133,7 @@ class Engine:
             raise EmulusError(f"batch_size is {most_running} but must be at least 1")
         return Scheduler(
             self.runner,
+            self.grammar,
             self.schedule,
             most_running=most_running,
             kv_budget=self.kv_budget,

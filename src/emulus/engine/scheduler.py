@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -15,13 +16,14 @@ from torch import Tensor
 from emulus.device import numbers
 from emulus.engine.cache import Lane
 from emulus.engine.pace import Pace
-from emulus.engine.request import Counts, Event, Failed
+from emulus.engine.request import Counts, Event, Failed, Request
 from emulus.engine.runner import AT_ONCE, Feed, Runner
 from emulus.engine.schedule import Ask, Course, Schedule
 from emulus.engine.walk import Walk
 from emulus.errors import EmulusError
 from emulus.placement import free_memory
 from emulus.sampling.draw import Question, Ranges, choose
+from emulus.sequence.grammar import Grammar
 
 # What is left to others of the memory that is free when the engine begins.
 _SHARE = 0.9
@@ -108,6 +110,7 @@ class Scheduler:
     def __init__(
         self,
         runner: Runner,
+        grammar: Grammar,
         schedule: Schedule,
         *,
         most_running: int,
@@ -120,6 +123,7 @@ class Scheduler:
 
         Args:
             runner: Computes.
+            grammar: Says what may follow.
             schedule: In which order ids are computed.
             most_running: Most requests at once.
             kv_budget: Bytes for keys and values on each device; by default nine tenths of what is free.
@@ -130,6 +134,8 @@ class Scheduler:
         """
         self.counts = counts if counts is not None else Counts()
         self._runner = runner
+        self._grammar = grammar
+        self._numbers = itertools.count()
         self._schedule = schedule
         self._most_running = most_running
         self._pace = pace or Pace()
@@ -155,22 +161,28 @@ class Scheduler:
         """Memory that the running requests' keys and values take."""
         return sum(self._budget.used.values())
 
-    def submit(self, walk: Walk) -> None:
+    def submit(self, request: Request) -> int:
         """Put a request at the end of the queue.
 
+        Returns:
+            What its events call it, counted from 0: also what :meth:`cancel` takes.
+
         Raises:
-            EmulusError: It needs more memory than the whole budget.
+            EmulusError: It is broken or too long, or needs more memory than the whole budget.
         """
+        number = next(self._numbers)
+        walk = Walk(number, request, self._grammar, self._runner.config.max_position_embeddings)
         need = self._need(walk)
         if not self._budget.fits(need, empty=True):
             short = next(device for device, size in need.items() if size > self._budget.limit.get(device, 0))
-            wanted, limit = (sizes.get(short, 0) / 2**30 for sizes in (need, self._budget.limit))
+            wanted, limit = (_mib(sizes.get(short, 0)) for sizes in (need, self._budget.limit))
             raise EmulusError(
-                f"the keys and values of {walk.length} ids take {wanted:.2f} GiB on {short}, but there are {limit:.2f} "
-                "GiB for them; ask for something smaller, or give the engine a larger kv_budget"
+                f"the keys and values of {walk.length} ids take {wanted} on {short}, but there are {limit} for them; "
+                "ask for something smaller, or give the engine a larger kv_budget"
             )
         with self._lock:
             self._queue.append(walk)
+        return number
 
     def cancel(self, request: int) -> None:
         """Forget a request, running or waiting; its memory is free at once. An unknown one is no error."""
@@ -319,6 +331,10 @@ class Scheduler:
         self._budget.take(self._need(running.walk), sign=-1)
         for track in running.tracks:
             track.lane.free()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**17 else f"{size:,} bytes"
 
 
 def _next(ask: Ask, forced: int) -> Ask:
