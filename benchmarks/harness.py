@@ -260,6 +260,8 @@ def _line(found: Case) -> str:
     about = found.conditions
     seconds = [f"{about[key]:.4g} s" for key in ("baseline_s", "ours_s") if key in about]
     low, high = found.spread
+    if "time_ratio" in about:
+        seconds.append(f"{about['time_ratio']:.2f}x in time")
     return f"{found.case:28} {found.ratio:7.2f}x  [{low:.2f} to {high:.2f}]  {' -> '.join(seconds)}"
 
 
