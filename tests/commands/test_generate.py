@@ -70,3 +70,13 @@ def test_a_terminal_is_shown_rate_and_time_left(model: str, tmp_path: Path, monk
     # 16 cells, 4 row ends, and the ends of frame, picture and document.
     assert "0/69" in shown
     assert "ids/s]" in shown
+
+
+def test_the_shipped_model_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a red apple", "--out", "apple.png"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "lies in its repository, at checkpoints/emoji: give --model here" in error
+    assert "\n" not in error

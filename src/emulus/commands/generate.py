@@ -54,7 +54,13 @@ class ModelOptions:
     batch_size: int = 8
 
     def load(self) -> emulus.Emulus:
-        """The model."""
+        """The model.
+
+        Raises:
+            EmulusError: There is none, or it is damaged.
+        """
+        if self.model == str(MODEL) and not MODEL.exists():
+            raise EmulusError(f"the model that comes with Emulus lies in its repository, at {MODEL}: give --model here")
         return emulus.load(
             self.model,
             vision=self.vision,
