@@ -33,7 +33,9 @@ AT_ONCE = 512
 """Most tokens of one sequence in a step: a picture of 16,000 tokens attends to itself in pieces, not as one square."""
 
 _FEW = 128
-"""Up to so many tokens of a sequence the kernels for few tokens attend; more are a prompt, and PyTorch's are better."""
+"""Up to so many tokens of a sequence the kernels for few tokens attend; more are a prompt, for PyTorch's attention.
+
+A schedule asks for no more of one request (``schedule._MOST_IDS``): what comes out must not depend on the window."""
 
 
 _PLAIN = {torch.float32, torch.bfloat16, torch.float16}

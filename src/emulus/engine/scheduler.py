@@ -225,6 +225,7 @@ class Scheduler:
         Then the host hands the device its work without waiting for what comes of it.
         """
         asks = [running.course.ask() for running in going]
+        # As many turns as every course foresees: the shortest decides.
         follows = list(zip(*(running.course.foreseen(self._ahead) for running in going), strict=False))
         feeds = [track.feed(ask) for running, ask in zip(going, asks, strict=True) for track in running.tracks]
         rows = [row for row, running in enumerate(going) for _ in running.tracks]
