@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from emulus.engine import Done, Engine, Frame, Request, Result, Row, TextPiece, Token
 from emulus.engine.walk import Walk
 from emulus.errors import EmulusError
+from emulus.kernels import native
 from emulus.model import load_decoder
 from emulus.sampling import SamplingParams
 from emulus.sequence.document import Document, Image, Text, Video
@@ -280,3 +281,16 @@ def test_other_misuse() -> None:
     other = Grammar(Vocabulary.native(text_size=GRAMMAR.text.size, visual_size=41), GRAMMAR.text)
     with pytest.raises(EmulusError, match="take both from the same checkpoint"):
         Engine(DECODER, other)
+
+
+@pytest.mark.skipif(not native.available(), reason="plain PyTorch may add up in another order")
+def test_ids_do_not_depend_on_the_number_of_threads() -> None:
+    requests, usual = requests_of_every_kind(9), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(ENGINE.generate(requests))
+    finally:
+        torch.set_num_threads(usual)
+    assert found[0] == found[1] == found[2]
