@@ -13,8 +13,10 @@ from emulus.errors import EmulusError, did_you_mean
 VERBS = {
     "data": ("data", "data", "build a data set (emoji)"),
     "tokenizer-train": ("train", "tokenizer_train", "train a vision tokenizer by a recipe"),
-    "tokenize": ("train", "tokenize", "encode a data set as ids by a recipe"),
+    "tokenize": ("train", "tokenize", "encode data sets as ids"),
     "pretrain": ("train", "pretrain", "train a decoder by a recipe"),
+    "report": ("report", "report", "write a page about a training run: curves, samples, what went wrong"),
+    "scaling": ("scaling", "scaling", "train models of several sizes, fit their losses, predict a larger one's"),
     "generate": ("generate", "generate", "draw a picture, or a clip with --video, from words"),
     "describe": ("generate", "describe", "write a caption for a picture or clip, or answer a question about it"),
     "continue": ("generate", "continue_", "go on with a clip"),
@@ -39,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words[0] if words else "help", words[1:])
     except EmulusError as error:
-        print(f"emulus: {error}", file=sys.stderr)
-        return 1
+        # Of several processes each may have something else to say; that they were asked to stop is said once.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or error.status == 1:
+            print(f"emulus{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        return error.status
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

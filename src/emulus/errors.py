@@ -12,7 +12,13 @@ from collections.abc import Iterable
 
 
 class EmulusError(Exception):
-    """Bad input. The message is one line: what was wrong, where, and what to do."""
+    """Bad input. The message is one line: what was wrong, where, and what to do.
+
+    Attributes:
+        status: What the command line exits with.
+    """
+
+    status = 1
 
 
 def at_least(low: float, **values: float) -> None:

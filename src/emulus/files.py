@@ -96,9 +96,8 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder that appears at ``path`` only when it is whole.
 
-    Yields a temporary folder beside it. At the end every file is flushed, a ``COMPLETE`` marker is written last, and
-    the folder is renamed into place (replacing an older one). On an error the temporary folder is removed and ``path``
-    is what it was.
+    Yields a temporary folder beside it. At the end :func:`finish_folder` puts it in place (of an older one, if there is
+    one). On an error the temporary folder is removed and ``path`` is what it was.
 
     Raises:
         EmulusError: The disk is full or the place may not be written to.
@@ -110,13 +109,39 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                fsync(file)
-            (temporary / COMPLETE).touch()
-            fsync(temporary)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-            fsync(path.parent)
+            finish_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Flush every file of a folder, write a ``COMPLETE`` marker into it and rename it to ``path``.
+
+    Args:
+        temporary: The folder, on the same file system as ``path``.
+        path: Its name from now on. A folder that has it is removed.
+
+    Raises:
+        OSError: As the system says.
+    """
+    for file in temporary.rglob("*"):
+        fsync(file)
+    (temporary / COMPLETE).touch()
+    fsync(temporary)
+    if path.exists():
+        remove_folder(path)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that is whole; nobody sees half of it under its name, whenever this is stopped.
+
+    Raises:
+        OSError: It may not be renamed.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    os.replace(path, aside)
+    # Its name must be gone on the disk before its files are.
+    fsync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -48,7 +48,9 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    # Half characters can only be written as JSON spells them.
+    whole = all(text.isprintable() for row in rows for text in map(str, row.values()))
+    path.write_text("".join(json.dumps(row, ensure_ascii=not whole) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -95,9 +97,29 @@ def test_rows_of_one_file_are_one_item(folder: Path) -> None:
     write_jsonl(folder / "captions.jsonl", rows)
     first, second = open_source(folder)
     assert first == Item(
-        id="a.png", kind="image", captions=("one", "two", "three"), split="test", stored=folder / "a.png"
+        id="a.png",
+        kind="image",
+        captions=("one", "two", "three"),
+        split="test",
+        stored=folder / "a.png",
+        source=folder.name,
     )
     assert (second.id, second.split, second.fps) == ("17", "validation", 8.0)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_what_else_a_table_may_say(folder: Path, suffix: str) -> None:
+    questions: Any = [{"question": "what is it? ", "answer": "a dot"}, {"question": "which?", "answer": "red"}]
+    row = {**ROWS[0], "score": 5.5, "source": "mine", "questions": questions}
+    plain = {**ROWS[1], "score": None, "source": None, "questions": None}
+    if suffix == "csv":
+        row["questions"] = json.dumps(questions)
+        plain |= {"score": "", "source": "", "questions": ""}
+    WRITERS[suffix](folder / f"captions.{suffix}", [row, plain])
+    full, bare = open_source(folder)
+    assert (full.score, full.source) == (5.5, "mine")
+    assert full.questions == (("what is it?", "a dot"), ("which?", "red"))
+    assert (bare.score, bare.source, bare.questions) == (0.0, folder.name, ())
 
 
 def test_splits_can_be_chosen(folder: Path) -> None:
@@ -185,6 +207,14 @@ def test_a_broken_medium_does_not_keep_the_others_from_being_read(folder: Path) 
         ({"fps": "fast"}, "line 2: fps 'fast' is not a number"),
         ({"fps": -1}, "line 2: fps '-1' is not a number"),
         ({"fps": float("nan")}, "line 2: fps 'nan' is not a number"),
+        ({"score": "good"}, "line 2: score 'good' is not a number"),
+        ({"score": float("inf")}, "line 2: score 'inf' is not a number"),
+        ({"questions": "what?"}, "line 2: questions are a list of"),
+        ({"questions": [{"question": "what?"}]}, "line 2: questions are a list of"),
+        ({"questions": [{"question": "what?", "answer": " "}]}, "line 2: questions are a list of"),
+        ({"caption": "half a \ud83d"}, "line 2 has half a character"),
+        ({"id": "\ud83d"}, "line 2 has half a character"),
+        ({"id": "long" * 2000}, "line 2: an id of 8,000 letters"),
     ],
 )
 def test_rows_that_are_wrong_are_named(folder: Path, row: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emulus.errors import EmulusError
+from emulus.parallel.processes import Processes
+from emulus.train.average import Average
 from emulus.train.checkpoint import complete_checkpoints
 from emulus.train.config import TrainConfig
-from emulus.train.loop import Interrupted, train, update_average
+from emulus.train.loop import Interrupted, train
 from emulus.train.metrics import read_metrics
 from emulus.train.objective import Evaluation, Objective, StepLoss
 
@@ -31,6 +34,7 @@ class Line(Objective[Tensor, nn.Sequential]):
 
     def __init__(self, *, width: int = 8, kill_at: int | None = None, signal_at: int | None = None) -> None:
         self.config = CONFIG
+        self.processes = Processes(device=torch.device("cpu"))
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.2), nn.Linear(width, 1))
         self.seen = torch.zeros(())
@@ -44,23 +48,20 @@ class Line(Objective[Tensor, nn.Sequential]):
         generator = torch.Generator().manual_seed(step)
         return [torch.randn(8, 4, generator=generator) for _ in range(2)]
 
-    def loss(self, batch: Tensor) -> StepLoss:
-        total = F.mse_loss(self.model(batch)[:, 0], batch.sum(1)) / 2
+    def loss(self, batch: Tensor, step_weight: float) -> StepLoss:
+        total = F.mse_loss(self.model(batch)[:, 0], batch.sum(1)) / step_weight
         self.seen += 1
-        return StepLoss(total=total, figures={"error": (total.detach() * 2, 1.0)}, items=len(batch))
+        return StepLoss(total=total, figures={"error": (total.detach() * step_weight, 1.0)}, items=len(batch))
 
-    def extra_state(self) -> dict[str, Tensor]:
+    def extra_tensors(self) -> dict[str, Tensor]:
         return {"seen": self.seen}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.seen = state["seen"].clone()
 
     def evaluate(self, model: nn.Sequential) -> Evaluation:
         x = torch.ones(4, 4)
         return Evaluation(metrics={"error": float(F.mse_loss(model(x)[:, 0], x.sum(1)))})
 
-    def save_model(self, model: nn.Sequential, folder: Path) -> None:
-        (folder / "weights.json").write_text(json.dumps([p.tolist() for p in model.parameters()]))
+    def save_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        (folder / "weights.json").write_text(json.dumps({name: tensor.tolist() for name, tensor in tensors.items()}))
 
 
 CONFIG = TrainConfig(
@@ -128,7 +129,7 @@ def test_a_torn_checkpoint_is_not_used(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     train(CONFIG, Line(), tmp_path)
-    path = tmp_path / "checkpoints/step-00000024/trainer.safetensors"
+    path = next((tmp_path / "checkpoints/step-00000024/trainer").iterdir())
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(EmulusError, match="step-00000024 is damaged"):
         train(CONFIG, Line(), tmp_path)
@@ -145,11 +146,11 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The second checkpoint meets a full disk: one clear line, and the first is still there to go on from."""
 
     class Full(Line):
-        def save_model(self, model: nn.Sequential, folder: Path) -> None:
+        def save_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
             if "00000010" in folder.parent.name:
                 with open("/dev/full", "w", buffering=1) as disk:
                     disk.write("x" * 10_000)
-            super().save_model(model, folder)
+            super().save_model(tensors, folder)
 
     with pytest.raises(EmulusError, match="the disk is full"):
         train(CONFIG, Full(), tmp_path)
@@ -161,8 +162,8 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_not_finite_steps_are_skipped(tmp_path: Path) -> None:
     class Spike(Line):
-        def loss(self, batch: Tensor) -> StepLoss:
-            result = super().loss(batch)
+        def loss(self, batch: Tensor, step_weight: float) -> StepLoss:
+            result = super().loss(batch, step_weight)
             return StepLoss(total=result.total * float("nan"), figures=result.figures, items=result.items)
 
     objective = Spike()
@@ -172,18 +173,24 @@ def test_not_finite_steps_are_skipped(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    train(dataclasses.replace(CONFIG, steps=2, tensorboard=True), Line(), tmp_path)
+    train(dataclasses.replace(CONFIG, steps=2, boards=("tensorboard",)), Line(), tmp_path)
     (events,) = (tmp_path / "tensorboard").glob("events.out.*")
     assert b"train/loss" in events.read_bytes()
 
 
 def test_average() -> None:
-    average, model = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+    model = nn.BatchNorm1d(1)
+    average = Average(model, 0.75)
     model.weight.data.fill_(3.0)
     model.num_batches_tracked.fill_(7)
-    update_average(average, model, 0.75)
-    assert average.weight.item() == pytest.approx(1.5)
-    assert int(average.num_batches_tracked) == 7
+    average.update(100)
+    assert average.tensors["weight"].item() == pytest.approx(1.5)
+    assert int(average.tensors["num_batches_tracked"]) == 7
+    with average.in_place() as changed:
+        assert changed is model
+        assert model.weight.item() == pytest.approx(1.5)
+    assert model.weight.item() == 3.0
+    assert average.tensors["weight"].item() == pytest.approx(1.5)
 
 
 def test_two_signals_do_not_wait(tmp_path: Path) -> None:

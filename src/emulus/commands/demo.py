@@ -12,7 +12,7 @@ import tyro
 
 from emulus.commands.generate import MODEL
 from emulus.data.source import open_source
-from emulus.data.tokens import tokenize
+from emulus.data.tokenize import tokenize
 from emulus.errors import EmulusError
 from emulus.evaluate import EvaluateConfig, GalleryCounts, Section, evaluate, galleries, held_out_examples
 from emulus.evaluate.evaluate import REPORT_FILE
@@ -88,6 +88,7 @@ def _train_tiny(options: DemoOptions) -> tuple[tuple[Path, ...], tuple[Section, 
         raise EmulusError(f"{folder} is there already and not an earlier demo's; choose another --out")
     shutil.rmtree(folder, ignore_errors=True)
     recipe = demo_tiny(data=options.data, runs=folder)
+    assert recipe.tokenizer is not None, "this recipe trains one"
     logger.info("training a tiny vision tokenizer from nothing")
     train_tokenizer(dataclasses.replace(recipe.tokenizer, train=_shortened(recipe.tokenizer.train, options)))
     tokenize(recipe.tokens)

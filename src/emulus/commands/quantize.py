@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from emulus.bundle import Bundle, pick_dtype, save_bundle
-from emulus.data.source import even
+from emulus.data.mixture import Mixture
 from emulus.data.tokens import Tokens, vision_digest
 from emulus.errors import EmulusError, at_least
 from emulus.files import COMPLETE, new_folder, read_json, write_json
@@ -92,7 +92,7 @@ def quantize_folder(
         src: A model's folder in any layout.
         out: The new folder; it must not exist or be empty.
         kind: How many bits.
-        tokens: What to calibrate on: a folder made by :func:`emulus.data.tokens.tokenize`. Without one, weights are
+        tokens: What to calibrate on: a folder made by :func:`emulus.data.tokenize.tokenize`. Without one, weights are
             rounded as they are.
         documents: How many of its training items to look at.
         vision: Where the vision tokenizer is, if not in ``src``.
@@ -163,11 +163,11 @@ def _without_decoder(source: Contents) -> Bundle:
 
 def _documents(bundle: Bundle, folder: Path, count: int, context: int) -> list[list[int]]:
     """Ids of training items, evenly spread, with each of their captions in turn, half of them before the picture."""
-    tokens = Tokens.open(folder)
-    _check_same_model(bundle, tokens)
-    grammar = Grammar(tokens.vocabulary, tokens.text)
+    mixture = Mixture.open([f"{folder}:all=1"])
+    _check_same_model(bundle, mixture.tokens)
+    grammar = Grammar(mixture.vocabulary, mixture.text)
     documents = []
-    for number, item in enumerate(even(tokens.items("train"), count)):
+    for number, item in enumerate(mixture.items("train", count)):
         caption = item.captions[number // 2 % len(item.captions)] if item.captions else ""
         document = caption_last(item.media, caption) if number % 2 else caption_first(caption, item.media)
         documents.append(grammar.build(document))

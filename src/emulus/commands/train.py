@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
 
 from emulus.config import from_flags
-from emulus.data.tokens import tokenize as run_tokenize
-from emulus.errors import EmulusError
+from emulus.data.tokenize import TokenizeConfig
+from emulus.data.tokenize import tokenize as run_tokenize
+from emulus.errors import EmulusError, did_you_mean
 from emulus.recipes import RECIPES, Recipe, recipe
+from emulus.train.plan import describe_plan
 from emulus.train.pretrain import pretrain as run_pretrain
 from emulus.train.tokenizer import train_tokenizer
 
@@ -23,17 +28,65 @@ def tokenizer_train(arguments: Sequence[str]) -> None:
 
 
 def tokenize(arguments: Sequence[str]) -> None:
-    """``emulus tokenize RECIPE [--config FILE] [flags]``."""
-    chosen, rest = take_recipe(arguments, "tokenize")
-    config = from_flags(chosen.tokens, rest, program="emulus tokenize RECIPE")
-    print(run_tokenize(config))
+    """``emulus tokenize RECIPE [--config FILE] [flags]``, or ``emulus tokenize SOURCES... --vision DIR --out DIR``."""
+    words = list(arguments)
+    leading = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    if words and words[0] in RECIPES:
+        default, words = recipe(words[0]).tokens, words[1:]
+        program = "emulus tokenize RECIPE"
+    else:
+        default, words = _of_sources(words[:leading], words[leading:]), words[leading:]
+        program = "emulus tokenize SOURCES... --out DIR"
+    print(run_tokenize(from_flags(default, words, program=program, description=_TOKENIZE)))
+
+
+_TOKENIZE = (
+    "Encode pictures, clips and texts as ids. With a RECIPE as the first word ("
+    + ", ".join(RECIPES)
+    + ") everything has the recipe's values; else all words before the first flag are data sets (folders, Parquet, "
+    "tars, tables or texts; see docs/data.md), and --vision or --vocabulary says with what. Running the same command "
+    "again goes on where it stopped."
+)
+
+
+def _of_sources(sources: Sequence[str], flags: Sequence[str]) -> TokenizeConfig:
+    """The plain config for some data sets; where they go must be said.
+
+    Raises:
+        EmulusError: There are none, or the only one is rather a misspelt recipe.
+    """
+    if not sources and not {"-h", "--help"} & set(flags):
+        raise EmulusError(
+            "name a recipe or data sets: emulus tokenize RECIPE, or emulus tokenize SOURCES... --vision DIR --out DIR; "
+            f"recipes are {', '.join(RECIPES)}"
+        )
+    first = sources[0] if sources else ""
+    if sources and not Path(first).exists() and not any(letter in first for letter in "*?[/\\"):
+        raise EmulusError(f"{first!r} is neither a recipe nor a data set that is here{did_you_mean(first, RECIPES)}")
+    required: Any = tyro.MISSING
+    return TokenizeConfig(sources=tuple(map(Path, sources)) or (Path("SOURCES"),), out=required)
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """``emulus pretrain RECIPE [--config FILE] [flags]``."""
+    """``emulus pretrain RECIPE [--dry-run [PROCESSES]] [--config FILE] [flags]``."""
     chosen, rest = take_recipe(arguments, "pretrain")
-    config = from_flags(chosen.decoder, rest, program="emulus pretrain RECIPE")
-    print(run_pretrain(config))
+    processes, rest = _dry_run(rest)
+    about = "--dry-run [PROCESSES] says what the run would be, and starts nothing."
+    config = from_flags(chosen.decoder, rest, program="emulus pretrain RECIPE", description=about)
+    if processes is not None:
+        print(describe_plan(config, processes or 1))
+    else:
+        print(run_pretrain(config))
+
+
+def _dry_run(words: list[str]) -> tuple[int | None, list[str]]:
+    """The number after ``--dry-run`` (0 if there is none; None without the flag), and the other words."""
+    if "--dry-run" not in words:
+        return None, words
+    place = words.index("--dry-run")
+    following = words[place + 1 : place + 2]
+    number = int(following[0]) if following and following[0].isdigit() else 0
+    return number, words[:place] + words[place + (2 if number else 1) :]
 
 
 def take_recipe(arguments: Sequence[str], verb: str) -> tuple[Recipe, list[str]]:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from emulus.data.source import Item
 from emulus.errors import EmulusError
 from emulus.log import logger
-from emulus.media import Clip, fit, read_image, read_video, resample
+from emulus.media import Clip, fit, read_image, read_video, resample, resize, smart_resize
 
 
 class MediaDataset:
@@ -67,13 +66,21 @@ class MediaDataset:
 
 
 def decode_item(
-    item: Item, *, size: int, fps: float | None = None, max_frames: int | None = None
-) -> tuple[UInt8[Tensor, "t 3 size size"], float]:
-    """Decode an item and scale and crop it to a square.
+    item: Item,
+    *,
+    size: int,
+    area: int = 0,
+    factor: int = 1,
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> tuple[UInt8[Tensor, "t 3 h w"], float]:
+    """Decode an item and scale it: cropped to a square, or whole with about so many pixels.
 
     Args:
         item: A picture or a clip.
-        size: Side in pixels.
+        size: Side in pixels of the square.
+        area: Pixels of a picture or frame that keeps its aspect; 0 crops to the square.
+        factor: What its sides are then multiples of (see :func:`emulus.media.smart_resize`).
         fps: Frame rate to bring clips to; ``None`` keeps theirs.
         max_frames: Longest clip; the rest is cut.
 
@@ -94,7 +101,11 @@ def decode_item(
         clip = Clip(read_video(item.media).frames, item.fps)
         clip = resample(clip, fps) if fps else clip
         pictures, rate = clip.frames[:max_frames], clip.fps
-    arrays = [np.asarray(fit(picture, size, size)) for picture in pictures]
+    if area:
+        sides = smart_resize(pictures[0].height, pictures[0].width, factor=factor, min_pixels=area, max_pixels=area)
+        arrays = [np.asarray(resize(picture, *sides)) for picture in pictures]
+    else:
+        arrays = [np.asarray(fit(picture, size, size)) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), rate
 
 
@@ -106,12 +117,14 @@ def shifted(frames: UInt8[Tensor, "t 3 h w"], draw: np.random.Generator, shift: 
         draw: Source of the two distances.
         shift: Largest distance along each axis; 0 moves nothing.
     """
-    down, right = (int(distance) for distance in draw.integers(2 * shift + 1, size=2))
+    distances = [int(distance) - shift for distance in draw.integers(2 * shift + 1, size=2)]
     if not shift:
         return frames
-    height, width = frames.shape[-2:]
-    padded = F.pad(frames.float(), (shift,) * 4, mode="replicate").to(frames.dtype)
-    return padded[..., down : down + height, right : right + width]
+    rows, columns = (
+        (torch.arange(side) + distance).clamp(0, side - 1)
+        for side, distance in zip(frames.shape[-2:], distances, strict=True)
+    )
+    return frames[..., rows, :][..., columns]
 
 
 def whole_codes(frames: UInt8[Tensor, "t 3 h w"], factor: int) -> UInt8[Tensor, "s 3 h w"]:

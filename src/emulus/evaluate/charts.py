@@ -109,4 +109,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _number(value: float) -> str:
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= unit:
+            return f"{value / unit:g} {letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emulus.data.source import Source, even, open_source
-from emulus.data.tokens import TokenizeConfig, TokenizedItem, Tokens, tokenize, vision_digest
+from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokens import TokenizedItem, Tokens, vision_digest
 from emulus.errors import EmulusError, at_least
 from emulus.evaluate.choice import Choice, choose, make_groups
 from emulus.evaluate.curves import curves_of
@@ -177,7 +178,7 @@ def training_items(model: Emulus, source: Source, config: EvaluateConfig) -> lis
         logger.info("encoding the training split for the counting models, once")
         folder = tokenize(
             TokenizeConfig(
-                data=config.data,
+                sources=(config.data,),
                 vision=find_model(config.model) / "vision",
                 out=config.out / f"tokens-{vision_digest(model.vision)[:12]}",
                 splits=("train",),

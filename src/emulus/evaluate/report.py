@@ -52,11 +52,13 @@ class Shot:
         media: What to show; clips run for ever.
         label: A word or two under it.
         small: Whether it is only there to compare with.
+        wide: Whether it is a sheet of many pictures, which takes all the width there is.
     """
 
     media: Shown
     label: str = ""
     small: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,28 @@ class Text:
     text: str
 
 
-Block = Figures | Gallery | Curves | Text
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Words in rows and columns.
+
+    Attributes:
+        head: Names of the columns; none if they need none.
+        rows: As many words in each as there are columns; the first one names the row.
+    """
+
+    head: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Lines as they stand in a file, shown when ``title`` is clicked on."""
+
+    title: str
+    text: str
+
+
+Block = Figures | Gallery | Curves | Text | Table | Listing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,20 +178,35 @@ def _section(number: int, section: Section) -> str:
 def _block(block: Block) -> str:
     match block:
         case Figures():
-            return _table(block.rows)
+            return _figures(block.rows)
         case Gallery():
             return _gallery(block.tiles)
         case Curves():
             return f'<div class="curves">{"".join(_chart(chart) for chart in block.charts)}</div>'
         case Text():
             return _paragraph(block.text)
+        case Table():
+            return _table(block)
+        case Listing():
+            title, text = html.escape(block.title), html.escape(block.text)
+            return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
 
 
 def _paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>" if text else ""
 
 
-def _table(rows: Sequence[Figure]) -> str:
+def _table(table: Table) -> str:
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
+    head = f"<thead><tr>{names}</tr></thead>" if names else ""
+    lines = []
+    for first, *rest in table.rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
+        lines.append(f'<tr><th scope="row">{html.escape(first)}</th>{cells}</tr>')
+    return f'<div class="scroll"><table class="plain">{head}<tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _figures(rows: Sequence[Figure]) -> str:
     lines, group = [], ""
     for row in rows:
         if row.group != group:
@@ -184,9 +222,12 @@ def _table(rows: Sequence[Figure]) -> str:
 
 
 def _gallery(tiles: Sequence[Tile]) -> str:
-    # Two large pictures side by side need wider tiles.
-    pairs = any(sum(not shot.small for shot in tile.shots) > 1 for tile in tiles)
-    return f'<div class="gallery{" pairs" if pairs else ""}">{"".join(map(_tile, tiles))}</div>'
+    if any(shot.wide for tile in tiles for shot in tile.shots):
+        kind = " sheets"
+    else:
+        # Two large pictures side by side need wider tiles.
+        kind = " pairs" if any(sum(not shot.small for shot in tile.shots) > 1 for tile in tiles) else ""
+    return f'<div class="gallery{kind}">{"".join(map(_tile, tiles))}</div>'
 
 
 def _tile(tile: Tile) -> str:
@@ -201,8 +242,9 @@ def _tile(tile: Tile) -> str:
 def _shot(shot: Shot, text: str) -> str:
     picture = shot.media.frames[0] if isinstance(shot.media, Clip) else shot.media
     # Small pictures are shown larger, in whole steps, so that their pixels stay square.
-    width = max(128 // picture.width, 1) * picture.width
-    width, height = (side * min(width, 256) // picture.width for side in picture.size)
+    least, most = (512, 1024) if shot.wide else (128, 256)
+    width = max(least // picture.width, 1) * picture.width
+    width, height = (side * min(width, most) // picture.width for side in picture.size)
     if shot.small:
         width, height = width // 2, height // 2
     label = f"<span>{html.escape(shot.label)}</span>" if shot.label else ""
@@ -276,8 +318,14 @@ thead th { font-size: .82rem; color: var(--faint); }
 th[scope=row] { width: 52%; }
 td.value { font-weight: 640; white-space: nowrap; }
 tr.group th { padding-top: 1.1rem; font-weight: 620; border-top: 1px solid var(--edge); }
+.plain th[scope=row] { width: auto; white-space: nowrap; }
+details { margin-top: 1rem; }
+summary { cursor: pointer; color: var(--c0); }
+pre { overflow-x: auto; padding: .8rem; background: var(--card); border: 1px solid var(--edge); border-radius: 6px;
+  font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(14.5rem, 100%), 1fr)); gap: 1rem; }
 .pairs { grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
+.sheets { grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--edge); border-radius: 6px; }
 .shots { display: flex; flex-wrap: wrap; align-items: flex-end; gap: .5rem; }

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from emulus.errors import EmulusError
+from emulus.model.attention import Row, attend, causal
 from emulus.model.config import DecoderConfig
 from emulus.model.linear import linear
+from emulus.model.loss import Losses, linear_cross_entropy
 
 
 class RMSNorm(nn.Module):
@@ -49,7 +52,7 @@ class Context(NamedTuple):
     """What the attention of every layer shares in one call."""
 
     rotary: Rotary
-    document_lengths: Sequence[int] | None
+    row: Row | None
 
 
 def rotary(position_ids: Int[Tensor, "batch tokens"], width: int, theta: float) -> Rotary:
@@ -82,13 +85,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width = config.head_width
         self.dropout = config.attention_dropout
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.width, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
+        queries, keys = config.num_attention_heads * self.width, config.num_key_value_heads * self.width
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         # Emu3 has no norm here; Emu3.5 has one per head.
         self.q_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
@@ -98,27 +101,17 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Mix each token with those before it."""
         batch, tokens, _ = x.shape
-        q = self.q_proj(x).view(batch, tokens, self.heads, self.width)
-        k = self.k_proj(x).view(batch, tokens, self.kv_heads, self.width)
-        v = self.v_proj(x).view(batch, tokens, self.kv_heads, self.width)
+        # -1: of matrices that are spread over processes (tensor parallel) only some heads are here.
+        q = self.q_proj(x).view(batch, tokens, -1, self.width)
+        k = self.k_proj(x).view(batch, tokens, -1, self.width)
+        v = self.v_proj(x).view(batch, tokens, -1, self.width)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        if context.document_lengths is not None:
-            out = self._packed(q, k, v, context.document_lengths)
-        else:
-            out = self._causal(q, k, v)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, self.heads * self.width))
-
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rate = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True, enable_gqa=True)
-
-    def _packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-        # Each document is attended to by itself, so none can see another and no mask matrix exists.
-        parts = zip(*(tensor.split(list(lengths), dim=2) for tensor in (q, k, v)), strict=True)
-        return torch.cat([self._causal(*part) for part in parts], dim=2)
+        dropout = self.dropout if self.training else 0.0
+        out = causal(q, k, v, dropout) if context.row is None else attend(q, k, v, context.row, dropout=dropout)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class MLP(nn.Module):
@@ -145,6 +138,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.attention_dropout)
+        self.recompute = False
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +148,16 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens hidden"], context: Context
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """Add what attention and MLP have to say."""
+        """Add what attention and MLP have to say.
+
+        With ``recompute`` set, the backward pass computes this again instead of keeping what it needs.
+        """
+        if self.recompute and self.training:
+            out: Tensor = checkpoint(self._add, x, context, use_reentrant=False)
+            return out
+        return self._add(x, context)
+
+    def _add(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), context))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -181,7 +184,7 @@ class Backbone(nn.Module):
         self,
         input_ids: Int[Tensor, "batch tokens"],
         position_ids: Int[Tensor, "batch tokens"],
-        document_lengths: Sequence[int] | None,
+        row: Row | None,
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Run every block, each where it lies."""
         context: Context | None = None
@@ -190,7 +193,7 @@ class Backbone(nn.Module):
             if context is None or layer.device != x.device:
                 x = x.to(layer.device)
                 table = rotary(position_ids.to(layer.device), self.config.head_width, self.config.rope_theta)
-                context = Context(table, document_lengths)
+                context = Context(table, row)
             x = layer(x, context)
         return self.norm(x.to(self.norm.weight.device))
 
@@ -217,20 +220,12 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights: N(0, ``initializer_range``); ones for norms, zeros for PAD's embedding.
-
-        Residual projections are not scaled down by depth, as released.
-        """
+        """Draw fresh weights, see :func:`fresh`; nothing happens on the meta device."""
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 return
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
-        if self.config.pad_token_id is not None:
             with torch.no_grad():
-                self.model.embed_tokens.weight[self.config.pad_token_id].zero_()
+                parameter.copy_(fresh(name, parameter.shape, self.config))
 
     def forward(
         self,
@@ -280,13 +275,65 @@ class Decoder(nn.Module):
             )
         if position_ids is None:
             position_ids = default_positions(batch, tokens, document_lengths, input_ids.device)
-        return self.model(input_ids, position_ids, document_lengths)
+        row = None if document_lengths is None else Row.whole(document_lengths)
+        return self.model(input_ids, position_ids, row)
+
+    def losses(
+        self,
+        input_ids: Int[Tensor, " here"],
+        position_ids: Int[Tensor, " here"],
+        row: Row,
+        *,
+        supervised: Int[Tensor, " n"],
+        targets: Int[Tensor, " n"],
+        weights: Float[Tensor, " n"],
+        z_loss: float = 0.0,
+    ) -> Losses:
+        """Compute the training loss of a packed row, or of the part of it that is here.
+
+        Args:
+            input_ids: The ids that are here.
+            position_ids: Their places in their documents.
+            row: What they may see.
+            supervised: Which of them have a target; the others never reach the head.
+            targets: The ids that these should predict.
+            weights: How much each counts.
+            z_loss: Weight of the squared log-partition, which keeps logits small.
+        """
+        # Only training needs it, and importing it takes longer than drawing a small picture.
+        from torch.distributed.tensor import DTensor
+
+        hidden = self.model(input_ids[None], position_ids[None], row)[0].index_select(0, supervised)
+        head = self.lm_head.weight
+        if not isinstance(head, DTensor):
+            return linear_cross_entropy(hidden, head, targets, weights, z_loss=z_loss)
+        # Tensor parallel: some rows of the head are here, as many as on the other processes (the last may have fewer).
+        mesh = head.device_mesh
+        first_id = mesh.get_local_rank() * -(-head.shape[0] // mesh.size())
+        return linear_cross_entropy(
+            hidden, head.to_local(), targets, weights, z_loss=z_loss, group=mesh.get_group(), first_id=first_id
+        )
 
     def head(
         self, hidden: Float[Tensor, "*rows hidden"], vocab_range: tuple[int, int] | None = None
     ) -> Float[Tensor, "*rows ids"]:
         """Turn hidden states into float32 logits, of all ids or of ``vocab_range`` (start, stop) only."""
         return linear(hidden, self.lm_head, vocab_range).float()
+
+
+def fresh(
+    name: str, shape: torch.Size, config: DecoderConfig, generator: torch.Generator | None = None
+) -> Float[Tensor, "..."]:
+    """New weights for the parameter called ``name``: N(0, ``initializer_range``); ones for norms, PAD's embedding zero.
+
+    Residual projections are not scaled down by depth, as released.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    weight = torch.empty(shape).normal_(std=config.initializer_range, generator=generator)
+    if name == "model.embed_tokens.weight" and config.pad_token_id is not None:
+        weight[config.pad_token_id] = 0
+    return weight
 
 
 def default_positions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from emulus.data.tokens import TokenizeConfig
+from emulus.data.tokenize import TokenizeConfig
 from emulus.presets import GenerationDefaults
 from emulus.recipes.emoji import DATA
 from emulus.recipes.recipe import Recipe
@@ -44,13 +44,22 @@ def demo_tiny(data: Path = DATA, runs: Path = Path("runs/demo-tiny")) -> Recipe:
             clip_frames=8,
         ),
         tokens=TokenizeConfig(
-            data=data, vision=runs / "tokenizer", out=runs / "tokens", size=32, views=1, text_size=1024, max_frames=8
+            sources=(data,),
+            vision=runs / "tokenizer",
+            out=runs / "tokens",
+            size=32,
+            views=1,
+            text_size=1024,
+            max_frames=8,
         ),
         decoder=PretrainConfig(
-            tokens=runs / "tokens",
+            tokens=(str(runs / "tokens"),),
             out=runs / "decoder",
             size="tiny",
             context=512,
+            # About 32 documents.
+            row_tokens=1600,
+            rows_per_step=2,
             train=dataclasses.replace(loop, steps=240, weight_decay=0.1, evaluate_every=60, save_every=120),
             defaults=GenerationDefaults(height=32, width=32, num_frames=8, fps=8.0, top_k=256),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from emulus.data.tokens import TokenizeConfig
+from emulus.data.tokenize import TokenizeConfig
 from emulus.presets import GenerationDefaults
 from emulus.recipes.recipe import Recipe
 from emulus.tokenizer.vision import VisionTokenizerConfig
@@ -45,16 +45,17 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
     )
     return Recipe(
         tokenizer=TokenizerTrainConfig(data=data, out=runs / "tokenizer", model=vision, codebook=codebook, train=loop),
-        tokens=TokenizeConfig(data=data, vision=runs / "tokenizer", out=runs / "tokens", max_frames=16, views=2),
+        tokens=TokenizeConfig(sources=(data,), vision=runs / "tokenizer", out=runs / "tokens", max_frames=16, views=2),
         decoder=PretrainConfig(
-            tokens=runs / "tokens",
+            tokens=(str(runs / "tokens"),),
             out=runs / "decoder",
             size="emoji-6m",
             context=1280,
             # Attention with dropout has no fast kernel on CPUs, and a few epochs do not overfit.
             dropout=0.0,
-            documents_per_step=16,
-            row_tokens=16384,
+            # About 16 documents.
+            row_tokens=3072,
+            rows_per_step=2,
             train=TrainConfig(
                 steps=2300,
                 learning_rate=2e-3,

@@ -147,6 +147,14 @@ class Grammar:
         size = MediaSize(h=h, w=w, t=t, fps=fps)
         return self._media_ids(size, torch.empty(0, dtype=torch.int64) if codes is None else codes)
 
+    def media_ids(self, medium: Image | Video) -> Ids:
+        """The ids of a whole picture or clip, from BOI to EOI, as :meth:`build` writes them.
+
+        Raises:
+            EmulusError: Codes are outside the codebook, or it is too large.
+        """
+        return self._media(medium.size, medium.codes.flatten())
+
     def media_length(self, *, h: int, w: int, t: int | None = None) -> int:
         """How many ids follow IMG, up to and with EOI.
 
@@ -182,6 +190,9 @@ class Grammar:
                 return self._media_ids(segment.size, segment.codes.flatten())
 
     def _media_ids(self, size: MediaSize, codes: Int64[Tensor, " cells"]) -> list[int]:
+        return self._media(size, codes).tolist()
+
+    def _media(self, size: MediaSize, codes: Int64[Tensor, " cells"]) -> Ids:
         """BOI, size text, IMG, and the block up to the first cell that has no code."""
         v = self.vocabulary
         self._check_codes(codes, v.visual_size, "visual")
@@ -192,7 +203,7 @@ class Grammar:
         filled = block[: cells[len(codes)] if len(codes) < len(cells) else len(block)].copy()
         filled[cells[: len(codes)]] = codes.numpy() + v.visual_start
         meta = [self._id_of_character[c] for c in self._templates[size.kind].write(size)]
-        return [v.boi, *meta, v.img, *filled.tolist()]
+        return np.concatenate([np.array([v.boi, *meta, v.img], np.int64), filled])
 
     def _mark_id(self, name: str) -> int:
         if name in self._marks:

@@ -6,6 +6,8 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
@@ -23,6 +25,7 @@ class Batch:
         targets: The id after each in its document; at a document's last id there is none (PAD, weight 0).
         loss_weights: How much each target counts.
         position_ids: Place of each id in its document, from 0.
+        supervised: The places whose target weighs more than 0: known here, so that no device need be asked.
         document_lengths: Ids of each document, in order.
     """
 
@@ -30,11 +33,12 @@ class Batch:
     targets: Int64[Tensor, " n"]
     loss_weights: Float32[Tensor, " n"]
     position_ids: Int64[Tensor, " n"]
+    supervised: Int64[Tensor, " m"]
     document_lengths: list[int]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        names = ("input_ids", "targets", "loss_weights", "position_ids")
+        names = ("input_ids", "targets", "loss_weights", "position_ids", "supervised")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -100,23 +104,76 @@ def collate(
                 f"the prompt mask of document {index} has {len(mask)} places for {length} ids; give one each"
             )
 
-    input_ids = torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in documents_ids])
-    ends = torch.tensor(lengths).cumsum(0)
-    targets = input_ids.roll(-1)
-    targets[ends - 1] = vocabulary.pad
+    prompts = [
+        np.zeros(length, bool) if mask is None else np.asarray(mask)
+        for mask, length in zip(masks, lengths, strict=True)
+    ]
+    ids = np.concatenate([np.asarray(document, np.int64) for document in documents_ids])
+    return join(ids, lengths, vocabulary, visual_weight=visual_weight, prompt=np.concatenate(prompts))
 
+
+def join(
+    ids: npt.NDArray[np.int64],
+    document_lengths: Sequence[int],
+    vocabulary: Vocabulary,
+    *,
+    visual_weight: float = 0.5,
+    prompt: npt.NDArray[np.bool_] | None = None,
+) -> Batch:
+    """Make a row of documents that are end to end already (see :func:`collate`).
+
+    Args:
+        ids: Ids of all documents.
+        document_lengths: Ids of each, at least 1.
+        vocabulary: Tells visual ids from others.
+        visual_weight: Weight of a visual target; every other weighs 1.
+        prompt: For each id whether it is seen but not learned.
+    """
+    lengths = np.array(document_lengths, np.int64)
+    ends = lengths.cumsum()
+    targets = np.roll(ids, -1)
     start, stop = vocabulary.visual_range
-    visual = (start <= targets) & (targets < stop)
-    loss_weights = torch.where(visual, visual_weight, 1.0)
-    for mask, end, length in zip(masks, ends.tolist(), lengths, strict=True):
-        if mask is not None:
-            # The weight of a target stands where the id before it is.
-            loss_weights[end - length : end - 1][torch.as_tensor(mask, dtype=torch.bool)[1:]] = 0
-    loss_weights[ends - 1] = 0
+    weights = np.where((targets >= start) & (targets < stop), visual_weight, 1.0).astype(np.float32)
+    if prompt is not None:
+        # The weight of a target stands where the id before it is.
+        weights[np.roll(prompt, -1)] = 0
+    targets[ends - 1] = vocabulary.pad
+    weights[ends - 1] = 0
     return Batch(
-        input_ids=input_ids,
-        targets=targets,
-        loss_weights=loss_weights,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        document_lengths=lengths,
+        input_ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(targets),
+        loss_weights=torch.from_numpy(weights),
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(ends - lengths, lengths)),
+        supervised=torch.from_numpy(np.flatnonzero(weights > 0)),
+        document_lengths=lengths.tolist(),
+    )
+
+
+def pad(batch: Batch, length: int, vocabulary: Vocabulary) -> Batch:
+    """Make a row longer, for where all rows must be equally long.
+
+    Args:
+        batch: A row.
+        length: Ids that it shall have.
+        vocabulary: Whose PAD it is filled with.
+
+    Returns:
+        The row with one more document, of PAD alone and without weight; the row itself if it is as long already.
+
+    Raises:
+        EmulusError: It is longer.
+    """
+    more = length - len(batch.input_ids)
+    if more < 0:
+        raise EmulusError(f"a row of {len(batch.input_ids)} ids cannot be padded to {length}; raise row_tokens")
+    if not more:
+        return batch
+    filling = torch.full((more,), vocabulary.pad)
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, filling]),
+        targets=torch.cat([batch.targets, filling]),
+        loss_weights=torch.cat([batch.loss_weights, torch.zeros(more)]),
+        position_ids=torch.cat([batch.position_ids, torch.arange(more)]),
+        document_lengths=[*batch.document_lengths, more],
     )

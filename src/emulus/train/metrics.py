@@ -1,18 +1,21 @@
-"""The run's figures: one line a step on the screen, ``metrics.jsonl`` always, TensorBoard on request."""
+"""The run's figures: one line a step on the screen, ``metrics.jsonl`` always, boards on request."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from emulus.errors import EmulusError
 from emulus.files import disk_errors, write_text
 from emulus.log import logger
+from emulus.train.boards import open_boards
 
 try:
     import resource
@@ -20,81 +23,226 @@ except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
 METRICS_FILE = "metrics.jsonl"
+TRACE_FILE, TABLE_FILE = "trace.json.gz", "operations.txt"
+# A profile begins with this step: before it, memory is still taken and kernels are chosen or compiled.
+PROFILED_FROM = 10
 
 
 class MetricsLog:
-    """Writes figures of steps and evaluations. Opening it for a resumed run forgets the steps that are done again."""
+    """Writes figures of steps and evaluations. Opening it for a resumed run forgets the steps that are done again.
 
-    def __init__(self, run: Path, *, resumed_at: int, tensorboard: bool) -> None:
+    Of several processes only the first writes.
+    """
+
+    def __init__(self, run: Path, *, resumed_at: int, boards: Sequence[str] = ()) -> None:
+        """Open ``metrics.jsonl`` and the boards.
+
+        Args:
+            run: Folder of the run.
+            resumed_at: Steps that the run has behind it.
+            boards: See :func:`emulus.train.boards.open_boards`.
+
+        Raises:
+            EmulusError: The file cannot be written, or a board's package is not installed.
+        """
         self.path = run / METRICS_FILE
-        kept = [line for line in read_metrics(run) if line["step"] <= resumed_at]
+        self._first = _is_first()
+        self._boards = open_boards(boards, run, resumed_at) if self._first else ()
+        if not self._first:
+            return
+        lines = read_metrics(run)
+        kept = [line for line in lines if line["step"] <= resumed_at]
+        if lines:
+            again = max(line["step"] for line in lines) - resumed_at
+            kept.append({"step": resumed_at, "kind": "restart", "again": max(again, 0), "time": time.time()})
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._board = _tensorboard(run, resumed_at) if tensorboard else None
 
-    def write(self, step: int, kind: str, figures: dict[str, float]) -> None:
+    def write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
         """Append one line: the step (from 1), ``train`` or ``evaluation``, and the figures."""
+        if not self._first:
+            return
+        self._append({"step": step, "kind": kind, **figures})
+        for board in self._boards:
+            board.write(step, kind, figures)
+
+    def note(self, step: int, text: str) -> None:
+        """Say that something is unusual, on the screen and as a line of the kind ``note``."""
+        if self._first:
+            logger.warning(text)
+            self._append({"step": step, "kind": "note", "text": text})
+
+    def close(self) -> None:
+        """Close the boards."""
+        for board in self._boards:
+            board.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            file.write(json.dumps(line) + "\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's ``metrics.jsonl``; a line cut by a kill is dropped."""
+    """Every whole line of a run's ``metrics.jsonl``; a line cut by a kill is dropped.
+
+    Each has a ``step`` and a ``kind``: ``train`` and ``evaluation`` have figures, ``note`` has a ``text``, ``restart``
+    says how many steps are done ``again``.
+    """
     path = run / METRICS_FILE
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line:
+            lines.append(line)
     return lines
 
 
-def _tensorboard(run: Path, resumed_at: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise EmulusError(
-            "tensorboard is not installed: pip install 'emulus[tensorboard]', or drop --train.tensorboard"
-        ) from None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1)
-
-
 class StepLine:
-    """Prints the step line, with the speed since the last one and the time left."""
+    """Times the steps, and prints the step line: the speed since the last one and the time left."""
 
-    def __init__(self, steps: int, unit: str, device: torch.device) -> None:
-        self.steps, self.unit, self.device = steps, unit, device
-        self._since, self._items, self._count = time.monotonic(), 0, 0
+    def __init__(self, steps: int, unit: str, device: torch.device, flops_peak: float = 0.0) -> None:
+        """Start the clock.
 
-    def step(self, items: int) -> None:
-        """Count one step's tokens or frames."""
+        Args:
+            steps: Of the whole run.
+            unit: What is counted: ``tokens`` or ``frames``.
+            device: Whose memory is shown.
+            flops_peak: Operations a second of all devices together that the counts of :meth:`step` stand for; 0 if
+                there is no telling, and then no MFU either.
+        """
+        self.steps, self.unit, self.device, self.flops_peak = steps, unit, device, flops_peak
+        self._since = self._last = time.monotonic()
+        self._items, self._flops, self._wait, self._count = 0, 0.0, 0.0, 0
+
+    def step(self, *, items: int, flops: float = 0.0, wait: float = 0.0) -> dict[str, float]:
+        """Count one step.
+
+        Args:
+            items: Its tokens or frames, over all processes.
+            flops: Operations that its model needed, likewise; see :func:`emulus.train.flops.decoder_flops`.
+            wait: Seconds spent waiting for data.
+
+        Returns:
+            Figures for ``metrics.jsonl``: the items, seconds, items a second, shares of the peak (``mfu``) and of the
+            time waited (``wait``), and GiB of memory.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._last, 1e-9)
+        self._last = now
         self._items += items
+        self._flops += flops
+        self._wait += wait
         self._count += 1
+        return {self.unit: float(items), "seconds": seconds, **self._speeds(items, flops, wait, seconds)}
 
-    def show(self, step: int, figures: dict[str, float]) -> None:
-        """Print the line of ``step`` and start a new span."""
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        """Print the line of ``step`` and start a new span.
+
+        Args:
+            step: From 1.
+            figures: Of the step: losses, ``grad_norm``, ``learning_rate``; ``skipped`` steps show when there are any.
+        """
         seconds = max(time.monotonic() - self._since, 1e-9)
+        speeds = self._speeds(self._items, self._flops, self._wait, seconds)
         left = int((self.steps - step) * seconds / max(self._count, 1))
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        speed = f"{self._items / seconds:,.0f} {self.unit}/s"
-        eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        logger.info(f"step {step}/{self.steps}  {shown}  {speed}  {_memory(self.device)}  ETA {eta}")
+        own = {self.unit, "seconds", *speeds}
+        parts = [f"step {step}/{self.steps}", *(_shown(*pair) for pair in figures.items() if pair[0] not in own)]
+        parts.append(f"{speeds[f'{self.unit}_per_second']:,.0f} {self.unit}/s")
+        if "mfu" in speeds:
+            parts.append(f"MFU {100 * speeds['mfu']:.1f} %")
+        parts.append(f"wait {100 * speeds['wait']:.1f} %")
+        if "memory" in speeds:
+            parts.append(f"{speeds['memory']:.1f} GiB")
+        parts.append(f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+        if _is_first():
+            logger.info("  ".join(part for part in parts if part))
         self.restart()
 
     def restart(self) -> None:
         """Forget the span, so that an evaluation or a save does not count as slow steps."""
-        self._since, self._items, self._count = time.monotonic(), 0, 0
+        self._since = self._last = time.monotonic()
+        self._items, self._flops, self._wait, self._count = 0, 0.0, 0.0, 0
+
+    def _speeds(self, items: int, flops: float, wait: float, seconds: float) -> dict[str, float]:
+        speeds = {f"{self.unit}_per_second": items / seconds}
+        if flops and self.flops_peak:
+            speeds["mfu"] = flops / seconds / self.flops_peak
+        speeds["wait"] = min(wait / seconds, 1.0)
+        if memory := _memory(self.device):
+            speeds["memory"] = memory / 2**30
+        return speeds
 
 
-def _memory(device: torch.device) -> str:
-    """The most memory used so far: the GPU's, or the process's."""
+@contextmanager
+def profiled(steps: int, folder: Path) -> Iterator[Profiler]:
+    """Record some steps with PyTorch's profiler, from the tenth of this start on.
+
+    Args:
+        steps: How many to record; 0 records none.
+        folder: Gets ``trace.json.gz``, which ``chrome://tracing`` and Perfetto show, and ``operations.txt``, a table of
+            the operations that took longest. Of several processes only the first records.
+
+    Yields:
+        What is to be told of each step's end.
+    """
+    if not steps or not _is_first():
+        yield Profiler()
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(wait=PROFILED_FROM - 2, warmup=1, active=steps, repeat=1),
+        on_trace_ready=lambda profile: _save_profile(profile, folder),
+        record_shapes=True,
+    ) as profile:
+        yield Profiler(profile)
+
+
+class Profiler:
+    """Told of each step's end; does nothing unless there is something to record."""
+
+    def __init__(self, profile: torch.profiler.profile | None = None) -> None:
+        self._profile = profile
+
+    def step(self) -> None:
+        """A step has ended."""
+        if self._profile is not None:
+            self._profile.step()
+
+
+def _save_profile(profile: torch.profiler.profile, folder: Path) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(folder / TRACE_FILE))
+    longest = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    write_text(folder / TABLE_FILE, profile.key_averages().table(sort_by=longest, row_limit=30))
+    logger.info(f"profile of {profile.step_num} steps in {folder}")
+
+
+def _shown(name: str, value: float) -> str:
+    """One figure of the step line; empty for what is only shown when there is something to show."""
+    if name == "skipped":
+        return f"skipped {value:.0f}" if value else ""
+    if name == "learning_rate":
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        return f"lr {mantissa}e{int(power)}"
+    return f"{name} {value:.4g}"
+
+
+def _memory(device: torch.device) -> int:
+    """The most bytes used so far: the GPU's, or the process's; 0 where the system does not say."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        return torch.cuda.max_memory_allocated(device)
     if resource is None:
-        return ""
+        return 0
     # Kilobytes on Linux, bytes on macOS.
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _is_first() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -2,236 +2,288 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import math
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from emulus.bundle import Bundle
-from emulus.data.source import even
-from emulus.data.tokens import SETTINGS, Tokens
+from emulus.data.loader import Loader, Mixture, ReadingConfig, held_out
 from emulus.device import pick_device
 from emulus.errors import EmulusError, at_least
-from emulus.model import Decoder, sized
+from emulus.hub import fetch
+from emulus.layouts.contents import inspect_folder
+from emulus.model import Decoder, DecoderConfig, sized
+from emulus.model.attention import Row
+from emulus.model.loss import Losses
+from emulus.model.transformer import fresh
+from emulus.model.weights import expected_shapes
+from emulus.parallel.context import slice_row
+from emulus.parallel.processes import Processes, running
+from emulus.parallel.spread import fill, spread, whole_tensors
 from emulus.pipeline import Emulus
 from emulus.presets import GenerationDefaults
-from emulus.sequence import (
-    Batch,
-    Document,
-    Grammar,
-    Image,
-    MediaSize,
-    caption_first,
-    caption_last,
-    collate,
-    modalities,
-    pack,
-)
+from emulus.sequence import Batch, modalities
+from emulus.sequence.packing import pad
+from emulus.tokenizer.vision import VisionTokenizer
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 from emulus.train.config import TrainConfig
-from emulus.train.loop import train
+from emulus.train.flops import decoder_flops
+from emulus.train.loop import mix, train
 from emulus.train.objective import Evaluation, Objective, StepLoss
+from emulus.weights import Tensors, check_shapes, on_meta, read_tensor
 
-# Positions whose logits are computed at a time; 256 to 512 are fastest on the CPUs tried.
-LOSS_CHUNK = 512
+MODALITIES = ("text", "visual")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """A decoder from scratch.
+    """A decoder from scratch, or from another one's weights.
 
     Attributes:
-        tokens: A folder made by ``emulus tokenize``.
+        tokens: Folders made by ``emulus tokenize``, all of one vocabulary, mixed: ``FOLDER``, ``FOLDER:image``
+            (or ``text``, ``video``: only these), each with ``=WEIGHT`` if its share shall not be that of its rows.
         out: Folder of the run.
         size: Named size of the decoder (``emulus info --sizes`` lists them).
+        init: Start from this model's weights (a folder or a name on the hub); empty starts from fresh ones.
         context: Longest document, in ids.
         dropout: The released model's one dropout rate (embeddings, attention, residuals).
-        documents_per_step: Documents in each optimiser step.
-        row_tokens: Documents are packed end to end into rows of at most this many ids; one row is in memory at a time.
-        caption_first: Share of documents that begin with their caption (drawing); the others end with it (captioning).
-        null_caption: Share of caption-first documents without a caption, from which guidance learns.
-        visual_weight: Weight of visual ids in the loss; all others weigh 1 (0.5 in the paper).
+        row_tokens: Documents are packed end to end into rows of at most this many ids; a row is one forward pass.
+        rows_per_step: Rows in each optimiser step, over all processes.
+        window: Documents that are packed together; more fill the rows better.
+        reading: How documents are made of what is stored.
+        z_loss: Weight of the squared log-partition in the loss, which keeps logits small; 0 in the paper.
         evaluation_documents: Held-out documents measured at each evaluation, half of each order.
         evaluation_pictures: Held-out captions drawn at each evaluation, on a sheet of true pictures above drawn ones.
         defaults: Generation settings saved with the model.
     """
 
-    tokens: Path
+    tokens: tuple[str, ...]
     out: Path
     size: str = "tiny"
+    init: str = ""
     context: int = 2048
     dropout: float = 0.1
-    documents_per_step: int = 32
     row_tokens: int = 8192
-    caption_first: float = 0.5
-    null_caption: float = 0.1
-    visual_weight: float = 0.5
+    rows_per_step: int = 2
+    window: int = 1024
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
+    z_loss: float = 0.0
     evaluation_documents: int = 64
     evaluation_pictures: int = 8
     train: TrainConfig = field(default_factory=TrainConfig)
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self) -> None:
-        at_least(1, context=self.context, documents_per_step=self.documents_per_step)
+        at_least(1, context=self.context, rows_per_step=self.rows_per_step, window=self.window)
         at_least(1, evaluation_documents=self.evaluation_documents)
-        at_least(0, visual_weight=self.visual_weight, evaluation_pictures=self.evaluation_pictures)
+        at_least(0, evaluation_pictures=self.evaluation_pictures, z_loss=self.z_loss)
         if self.row_tokens < self.context:
             raise EmulusError(f"row_tokens ({self.row_tokens}) must be at least context ({self.context})")
-        for name in ("caption_first", "null_caption"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise EmulusError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not self.tokens:
+            raise EmulusError("there is nothing to train on; name at least one folder with --tokens")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Packed documents, and the loss weight of the whole step they are a part of."""
-
-    documents: Batch
-    step_weight: float
-
-
-class PretrainObjective(Objective[Row, Decoder]):
+class PretrainObjective(Objective[Batch, Decoder]):
     """Next-token prediction on packed documents."""
 
     unit = "tokens"
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, processes: Processes | None = None) -> None:
+        """Open the data and make the model, spread over the processes.
+
+        Args:
+            config: What to train on what.
+            processes: Who trains; by default this process alone.
+
+        Raises:
+            EmulusError: The data and the settings do not fit one another, or the processes.
+        """
         self.config = config
-        self.device = pick_device(config.train.device)
-        self.tokens = Tokens.open(config.tokens)
-        vocabulary = self.tokens.vocabulary
-        self.grammar = Grammar(vocabulary, self.tokens.text)
-        self.items = self.tokens.items("train")
-        if not self.items:
-            raise EmulusError(f"{config.tokens} has no training items")
-        self._check_lengths()
-        torch.manual_seed(config.train.seed)
-        shape = sized(
-            config.size,
-            vocab_size=vocabulary.size,
-            max_position_embeddings=config.context,
-            attention_dropout=config.dropout,
-            pad_token_id=vocabulary.pad,
-        )
-        self.model = Decoder(shape).to(self.device)
-        self.vision = load_vision_tokenizer(config.tokens / "vision", self.device)
-        self.held_out = self._held_out_rows()
+        self.processes = processes or Processes(device=pick_device(config.train.device))
+        self.device = self.processes.device
+        self.mixture = Mixture.open(config.tokens)
+        self.vocabulary = self.mixture.vocabulary
+        length, name = self.mixture.longest()
+        if length > config.context:
+            raise EmulusError(
+                f"{name} makes a document of {length} ids but the context is {config.context}: "
+                "raise --context (and --row-tokens), or tokenize at a smaller size or fewer frames"
+            )
+        self.model = self._make_model()
+        self.loader = self._make_loader(None)
+        self._numbers: list[int] = []
+
+    @cached_property
+    def vision(self) -> VisionTokenizer:
+        """The vision tokenizer that made the codes. Only the process that draws and saves reads it."""
+        return load_vision_tokenizer(self.mixture.folder / "vision", self.device)
+
+    @cached_property
+    def held_out(self) -> list[Batch]:
+        """The same held-out documents at every evaluation: half begin with their caption, half end with it."""
+        config = self.config
+        return held_out(self.mixture, config.evaluation_documents, config.reading, row_tokens=config.row_tokens)
 
     def fingerprint(self) -> str:
-        """Of the ids and what they mean."""
-        digest = hashlib.sha256()
-        for name in (SETTINGS, "vocabulary.json", "tokenizer.json"):
-            digest.update((self.config.tokens / name).read_bytes())
-        return digest.hexdigest()
+        """Of what the ids mean, and of the data."""
+        return self.mixture.digest()
 
-    def _check_lengths(self) -> None:
-        """Refuse documents that are longer than the context, before the run instead of in the midst of it."""
-        words: dict[str, int] = {}
-        blocks: dict[MediaSize, int] = {}
-        for item in [*self.items, *self.tokens.items("validation")]:
-            size = item.media.size
-            if size not in blocks:
-                blocks[size] = len(self.grammar.build(caption_last(item.media, "")))
-            for caption in item.captions:
-                if caption not in words:
-                    words[caption] = len(self.tokens.text.encode(caption))
-            length = blocks[size] + max((words[caption] for caption in item.captions), default=0)
-            if length > self.config.context:
-                raise EmulusError(
-                    f"{item.id} is {length} ids long but the context is {self.config.context}: "
-                    "raise --context (and --row-tokens), or tokenize at a smaller size or fewer frames"
-                )
+    def shape(self) -> DecoderConfig:
+        """The decoder's."""
+        return shape_of(self.config, self.vocabulary)
 
-    def batches(self, step: int) -> list[Row]:
-        """The step's documents, packed into rows. Every item comes once per epoch, in an order of its own."""
-        count, total = self.config.documents_per_step, len(self.items)
-        chosen = []
-        for place in range(step * count, (step + 1) * count):
-            epoch, position = divmod(place, total)
-            chosen.append(self._document(self._order(epoch)[position], place))
-        rows = self._rows(chosen)
-        step_weight = sum(float(row.loss_weights.sum()) for row in rows)
-        return [Row(documents=row, step_weight=step_weight) for row in rows]
+    def _make_model(self) -> Decoder:
+        config, shape = self.config, self.shape()
+        model = on_meta(lambda: Decoder(shape))
+        bfloat16 = self.device.type == "cuda" and config.train.precision != "fp32"
+        spread(model, self.processes, bfloat16=bfloat16)
+        weights = stored_weights(config.init, shape) if config.init else None
 
-    def _order(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return np.random.default_rng([self.config.train.seed, epoch]).permutation(len(self.items))
+        def make(name: str, size: torch.Size) -> Tensor:
+            if weights is not None:
+                return read_tensor(weights[name], dtype=torch.float32, device=self.device).reshape(size)
+            # Drawn by name, so that the same seed gives the same model however it is spread.
+            generator = torch.Generator().manual_seed(mix(config.train.seed, zlib.crc32(name.encode())))
+            return fresh(name, size, shape, generator).to(self.device)
 
-    def _document(self, index: int, place: int) -> Document:
-        """Choose caption and order for one reading of an item."""
-        item = self.items[index]
-        draw = np.random.default_rng([self.config.train.seed, 1, place])
-        caption = item.captions[int(draw.integers(len(item.captions)))] if item.captions else ""
-        if draw.random() < self.config.caption_first or not caption:
-            return caption_first("" if draw.random() < self.config.null_caption else caption, item.media)
-        return caption_last(item.media, caption)
+        fill(model, make, self.device)
+        return model
 
-    def _rows(self, documents: Sequence[Document]) -> list[Batch]:
-        """Documents as ids, packed into rows."""
-        ids = [self.grammar.build(document) for document in documents]
-        rows = pack([len(document) for document in ids], self.config.row_tokens)
-        weight = self.config.visual_weight
-        return [
-            collate([ids[i] for i in row], self.tokens.vocabulary, visual_weight=weight).to(self.device) for row in rows
-        ]
-
-    def _held_out_rows(self) -> list[Batch]:
-        """The same held-out documents at every evaluation: half begin with their caption, half end with it."""
-        items = [item for item in self.tokens.items("validation") if item.captions]
-        chosen = even(items, self.config.evaluation_documents)
-        orders = (
-            caption_first(item.captions[0], item.media) if number % 2 else caption_last(item.media, item.captions[0])
-            for number, item in enumerate(chosen)
+    def _make_loader(self, state: dict[str, int] | None) -> Loader:
+        config, processes = self.config, self.processes
+        return Loader(
+            self.mixture,
+            config.reading,
+            seed=config.train.seed,
+            row_tokens=config.row_tokens,
+            rows_per_step=config.rows_per_step,
+            window=config.window,
+            rank=processes.data_rank,
+            world=processes.data_size,
+            state=state,
         )
-        return self._rows(list(orders))
 
-    def loss(self, batch: Row) -> StepLoss:
+    def batches(self, step: int) -> Sequence[Batch]:
+        """This process's rows of the step; where a row is shared, the whole row."""
+        rows = self.loader.step(step)
+        self._numbers = rows.numbers
+        return rows.rows
+
+    def number(self, place: int) -> int:
+        """A row's place in the whole step."""
+        return self._numbers[place]
+
+    def weight(self, batch: Batch) -> float:
+        """The sum of its targets' weights; processes that share a row each count their part."""
+        return float(batch.loss_weights.sum()) / self.processes.sizes.context
+
+    def reading_state(self, step: int) -> dict[str, int]:
+        """Where the loader stands before a step."""
+        return self.loader.state(step)
+
+    def load_reading_state(self, state: dict[str, int]) -> None:
+        """Go on reading from there."""
+        self.loader = self._make_loader(state)
+
+    def loss(self, batch: Batch, step_weight: float) -> StepLoss:
         """Weighted cross-entropy of one row, as its part of the whole step's weighted mean."""
-        losses = token_losses(self.model, batch.documents)
-        total = (losses * batch.documents.loss_weights).sum() / batch.step_weight
-        figures = split_by_modality(losses.detach(), batch.documents, self.tokens.vocabulary)
-        return StepLoss(total=total, figures=figures, items=losses.numel())
+        losses, counted, items = self._losses(batch)
+        figures = {}
+        for name, mask in counted.items():
+            chosen = mask.to(losses.tokens.device, non_blocking=True)
+            figures[name] = ((losses.tokens * chosen).sum(), float(mask.sum()))
+        supervised = next(iter(counted.values())).numel()
+        flops = decoder_flops(self.model.config, batch.document_lengths, supervised * self.processes.sizes.context)
+        return StepLoss(
+            total=losses.total / step_weight,
+            figures=figures,
+            items=items,
+            flops=flops / self.processes.sizes.context,
+        )
+
+    def _losses(self, batch: Batch) -> tuple[Losses, dict[str, Tensor], int]:
+        """Losses of the part of a row that is here; which of them are of each modality; how many ids are here."""
+        useful = len(batch.input_ids)
+        # Its parts are equally long, and compiled code likes to see one length.
+        unit = 2 * self.processes.sizes.context if self.processes.sizes.context > 1 else 1
+        length = self.config.row_tokens if self.processes.sizes.compile else -(-useful // unit) * unit
+        batch = pad(batch, length, self.vocabulary) if length > useful else batch
+        row, here = slice_row(Row.whole(batch.document_lengths), self.processes)
+        weights = batch.loss_weights[here]
+        supervised = (weights > 0).nonzero()[:, 0]
+        chosen = here[supervised]
+        masks = modalities(batch.targets.numpy(), self.vocabulary)
+        on = partial(torch.Tensor.to, device=self.device, non_blocking=True)
+        losses = self.model.losses(
+            on(batch.input_ids[here]),
+            on(batch.position_ids[here]),
+            row,
+            supervised=on(supervised),
+            targets=on(batch.targets[chosen]),
+            weights=on(weights[supervised]),
+            z_loss=self.config.z_loss,
+        )
+        counted = {name: torch.from_numpy(masks[name])[chosen] for name in MODALITIES}
+        return losses, counted, int((here < useful).sum())
 
     def evaluate(self, model: Decoder) -> Evaluation:
         """Bits per visual and per text id of held-out documents, and a sheet of drawn pictures."""
-        sums: dict[str, list[float]] = {}
-        for batch in self.held_out:
-            for name, (total, count) in split_by_modality(
-                token_losses(model, batch), batch, self.tokens.vocabulary
-            ).items():
-                sums.setdefault(name, [0.0, 0.0])
-                sums[name][0] += float(total)
-                sums[name][1] += count
-        bits = {f"{name}_bits": total / count / np.log(2) for name, (total, count) in sums.items()}
+        sums = [0.0] * (2 * len(MODALITIES))
+        processes = self.processes
+        # All make as many calls, since spread weights are fetched together; the last ones may count for nothing.
+        for start in range(0, len(self.held_out), processes.data_size):
+            place = start + processes.data_rank
+            losses, counted, _ = self._losses(self.held_out[min(place, len(self.held_out) - 1)])
+            if place < len(self.held_out):
+                for number, name in enumerate(MODALITIES):
+                    sums[2 * number] += float(losses.tokens[counted[name].to(losses.tokens.device)].sum())
+                    sums[2 * number + 1] += float(counted[name].sum())
+        sums = processes.sum(sums)
+        bits = {
+            f"{name}_bits": sums[2 * number] / sums[2 * number + 1] / math.log(2)
+            for number, name in enumerate(MODALITIES)
+            if sums[2 * number + 1]
+        }
         return Evaluation(metrics=bits, pictures=self._drawings(model))
 
-    def save_model(self, model: Decoder, folder: Path) -> None:
+    def save_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write a whole model: decoder, vision tokenizer, text and defaults."""
-        self._whole(model).save(folder)
+        self._whole(self._plain(tensors)).save(folder)
+
+    def _plain(self, tensors: Mapping[str, Tensor]) -> Decoder:
+        """An ordinary decoder with these weights."""
+        model = on_meta(lambda: Decoder(self.shape()))
+        model.load_state_dict(dict(tensors), assign=True)
+        return model.eval()
 
     def _whole(self, model: Decoder) -> Emulus:
         bundle = Bundle(
             decoder=model,
             vision=self.vision,
-            text=self.tokens.text,
-            vocabulary=self.tokens.vocabulary,
+            text=self.mixture.text,
+            vocabulary=self.vocabulary,
             defaults=self.config.defaults,
         )
         return Emulus(bundle)
 
     def _drawings(self, model: Decoder) -> dict[str, PIL.Image.Image]:
         """A sheet of held-out pictures above what the model draws for their captions."""
-        items = [item for item in self.tokens.items("validation") if isinstance(item.media, Image) and item.captions]
-        chosen = even(items, self.config.evaluation_pictures)
+        chosen = self.mixture.pictures("validation", self.config.evaluation_pictures)
         if not chosen:
             return {}
+        if self.processes.world > 1:
+            tensors = whole_tensors(model, self.processes)
+            if not self.processes.first:
+                return {}
+            model = self._plain({name: tensor.to(self.device) for name, tensor in tensors.items()})
         whole = self._whole(model)
         true = [whole.decode(item.media) for item in chosen]
         drawn = whole.generate_images([item.captions[0] for item in chosen])
@@ -244,29 +296,35 @@ class PretrainObjective(Objective[Row, Decoder]):
         return {"drawn": sheet}
 
 
-def token_losses(model: Decoder, batch: Batch) -> Float[Tensor, " tokens"]:
-    """Cross-entropy in nats of each position's target (0 where there is none), in float32."""
-    hidden = model.hidden(
-        batch.input_ids[None], position_ids=batch.position_ids[None], document_lengths=batch.document_lengths
-    )[0]
-    # A few positions at a time, so that their logits stay in the processor's cache.
-    parts = zip(hidden.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
-    losses = torch.cat([F.cross_entropy(model.head(part), targets, reduction="none") for part, targets in parts])
-    return losses * (batch.loss_weights > 0)
+def shape_of(config: PretrainConfig, vocabulary: Vocabulary) -> DecoderConfig:
+    """The shape of the decoder that a config asks for."""
+    return sized(
+        config.size,
+        vocab_size=vocabulary.size,
+        max_position_embeddings=config.context,
+        attention_dropout=config.dropout,
+        pad_token_id=vocabulary.pad,
+    )
 
 
-def split_by_modality(
-    losses: Float[Tensor, " tokens"], batch: Batch, vocabulary: Vocabulary
-) -> dict[str, tuple[Tensor, float]]:
-    """Sum and number of the losses of visual and of text targets; ids that the grammar writes count as neither."""
-    parts = {}
-    for name, mask in modalities(batch.targets.cpu().numpy(), vocabulary).items():
-        chosen = torch.from_numpy(mask).to(losses.device) & (batch.loss_weights > 0)
-        if count := int(chosen.sum()):
-            parts[name] = (losses[chosen].sum(), float(count))
-    return parts
+def stored_weights(model: str, shape: DecoderConfig) -> Tensors:
+    """Where the weights of a decoder lie that has this shape.
+
+    Args:
+        model: A folder, a run or a name on the hub, in any layout that is read.
+        shape: What they must fit; its context and dropout are free.
+
+    Raises:
+        EmulusError: There is none, or it is of another shape.
+    """
+    contents = inspect_folder(fetch(model))
+    if contents.decoder is None or contents.quantized is not None:
+        raise EmulusError(f"{model} has no decoder whose weights are whole; name another --init")
+    check_shapes(contents.folder, expected_shapes(shape), contents.decoder_tensors)
+    return contents.decoder_tensors
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run (or go on with) the training; the folder of the final model. See :func:`emulus.train.loop.train`."""
-    return train(config.train, PretrainObjective(config), config.out)
+    with running(config.train.parallel, config.train.device) as processes:
+        return train(config.train, PretrainObjective(config, processes), config.out)

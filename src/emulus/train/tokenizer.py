@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from emulus.data.media_dataset import MediaDataset, shifted, to_pixels, whole_codes
 from emulus.data.source import Kind, Split, open_source
-from emulus.device import pick_device
 from emulus.errors import EmulusError, at_least
 from emulus.media import pixels_to_image
+from emulus.parallel.processes import start_processes
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.codebook import CodebookConfig, CodebookTrainer
 from emulus.tokenizer.vision.losses import ReconstructionConfig, reconstruction_loss
@@ -24,6 +25,7 @@ from emulus.tokenizer.vision.weights import save_vision_tokenizer
 from emulus.train.config import TrainConfig
 from emulus.train.loop import train
 from emulus.train.objective import Evaluation, Objective, StepLoss
+from emulus.weights import on_meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,10 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
 
     def __init__(self, config: TokenizerTrainConfig) -> None:
         self.config = config
-        self.device = pick_device(config.train.device)
+        self.processes = start_processes(config.train.parallel, config.train.device)
+        if self.processes.world > 1:
+            raise EmulusError("a vision tokenizer is trained by one process; start it without torchrun")
+        self.device = self.processes.device
         torch.manual_seed(config.train.seed)
         self.model = VisionTokenizer(config.model).to(self.device)
         self.codebook = CodebookTrainer(self.model.quantize, config.codebook)
@@ -144,7 +149,7 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
                 if isinstance(module, nn.BatchNorm3d):
                     module.eval()
 
-    def loss(self, batch: MediaBatch) -> StepLoss:
+    def loss(self, batch: MediaBatch, step_weight: float) -> StepLoss:
         """Pictures and clips weigh by their number of frames."""
         self._seen.clear()
         parts = [pixels for pixels in (batch.pictures, batch.clips) if pixels is not None]
@@ -180,13 +185,9 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         revived = self.codebook.update(latents, codes, revive=step < self.config.revive_share * steps)
         return {"revived": float(revived), "codes_in_batch": float(len(codes.unique()))}
 
-    def extra_state(self) -> dict[str, Tensor]:
+    def extra_tensors(self) -> dict[str, Tensor]:
         """The codebook's running figures."""
         return self.codebook.state()
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take the codebook's running figures back."""
-        self.codebook.load_state(state)
 
     def evaluate(self, model: VisionTokenizer) -> Evaluation:
         """PSNR, SSIM and codebook figures of held-out pictures and clips, and a sheet of input | reconstruction."""
@@ -227,9 +228,11 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         )
         return {"psnr": float(mean[0]), "ssim": float(mean[1])}, pixels_to_image(sheet.cpu()), torch.cat(codes)
 
-    def save_model(self, model: VisionTokenizer, folder: Path) -> None:
+    def save_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write the tokenizer in the released layout."""
-        save_vision_tokenizer(model, folder)
+        model = on_meta(lambda: VisionTokenizer(self.config.model))
+        model.load_state_dict(dict(tensors), assign=True)
+        save_vision_tokenizer(model.eval(), folder)
 
 
 def _window(frames: Tensor, length: int, draw: np.random.Generator) -> Tensor:

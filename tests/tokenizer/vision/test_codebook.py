@@ -58,7 +58,8 @@ def test_state_round_trip() -> None:
     trainer.start(latents)
     trainer.update(latents, quantizer.nearest(latents), revive=True)
     again = CodebookTrainer(quantizer, CodebookConfig())
-    again.load_state({name: value.clone() for name, value in trainer.state().items()})
+    for name, value in trainer.state().items():
+        again.state()[name].copy_(value)
     assert torch.equal(again.sums, trainer.sums)
     before = quantizer.embedding.weight.clone()
     again.start(latents)

@@ -51,14 +51,8 @@ class CodebookTrainer:
         self.started = torch.zeros((), dtype=torch.bool)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the codebook itself, which is a weight of the model."""
+        """What a resumed run needs beside the codebook itself, which is a weight of the model; it is loaded in place."""
         return {"counts": self.counts, "sums": self.sums, "started": self.started}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
-        self.counts.copy_(state["counts"])
-        self.sums.copy_(state["sums"])
-        self.started.copy_(state["started"])
 
     @torch.no_grad()
     def start(self, latents: Float[Tensor, "n d"]) -> None:

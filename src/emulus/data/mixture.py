@@ -1,0 +1,368 @@
+"""tokens folders -> one numbered set of records, and how long the documents are that each can become.
+
+All that is kept of a record are the lengths of its spans, some 30 bytes; the ids stay on the disk until a row is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from emulus.data.records import LETTERS, REMEDY, Kind, Record, Shard, ShardLine, read_lengths
+from emulus.data.source import even
+from emulus.data.tokens import TokenizedItem, Tokens
+from emulus.errors import EmulusError, did_you_mean
+from emulus.tokenizer.text import TextTokenizer
+from emulus.tokenizer.vocabulary import Vocabulary
+
+PartKind = Literal["all", "text", "image", "video"]
+PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)
+Numbers = npt.NDArray[np.int64]
+
+ENDS = 2
+"""Ids of a document beside its spans: BOS and EOS."""
+_OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source of a mixture.
+
+    Attributes:
+        folder: A tokens folder.
+        kind: Which of its records; ``all`` takes every kind.
+        weight: Share of the documents, in any unit; None counts the records.
+    """
+
+    folder: Path
+    kind: PartKind = "all"
+    weight: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is written, without the weight."""
+        return str(self.folder) if self.kind == "all" else f"{self.folder}:{self.kind}"
+
+
+def parse_part(text: str) -> Part:
+    """Read ``FOLDER[:KIND][=WEIGHT]``, such as ``runs/tokens:image=0.7``.
+
+    Raises:
+        EmulusError: The kind is unknown or the weight is none.
+    """
+    folder, equals, number = text.rpartition("=")
+    weight = None
+    if equals:
+        try:
+            weight = float(number)
+        except ValueError:
+            raise EmulusError(f"'{text}': the weight {number!r} is no number; write FOLDER:KIND=0.7") from None
+        if not 0 <= weight < math.inf:
+            raise EmulusError(f"'{text}': the weight must be 0 or more, got {number}")
+    else:
+        folder = text
+    path, colon, kind = folder.rpartition(":")
+    if not colon or "/" in kind or "\\" in kind:
+        path, kind = folder, "all"
+    if kind not in PART_KINDS:
+        raise EmulusError(f"'{text}': there are no records of kind {kind!r}{did_you_mean(kind, PART_KINDS)}")
+    if not path:
+        raise EmulusError(f"'{text}' names no folder; write FOLDER:KIND=0.7")
+    return Part(folder=Path(path), kind=kind, weight=weight)
+
+
+class Branch(NamedTuple):
+    """A part of a mixture as it is shown.
+
+    Attributes:
+        name: The part.
+        rows: Its records.
+        tokens: Ids of all their spans.
+        share: Of the documents that are drawn.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    share: float
+
+
+class Longest(NamedTuple):
+    """The longest document that a mixture can give: how many ids, and the name of its record."""
+
+    tokens: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spans:
+    """Lengths of the spans of many records.
+
+    Attributes:
+        media: Ids of each record's medium; 0 of a text.
+        first: Where each record's other spans begin in ``words``.
+        captions: How many captions each has; a text counts as none.
+        questions: How many questions.
+        words: Ids of all spans that are no media, record by record: captions, or questions each with its answer.
+    """
+
+    media: Numbers
+    first: Numbers
+    captions: Numbers
+    questions: Numbers
+    words: Numbers
+
+    def longest(self) -> Numbers:
+        """The longest document of each record."""
+        count = len(self.words)
+        pair = np.zeros(count + 1, np.int64)
+        pair[:count] = self.words
+        owner = np.repeat(np.arange(len(self.media)), self.spans)
+        place = np.arange(count) - self.first[owner]
+        asked = place >= self.captions[owner]
+        # A question counts with its answer, which follows it.
+        question = np.flatnonzero(asked & ((place - self.captions[owner]) % 2 == 0) & (self.media[owner] > 0))
+        pair[question] += self.words[question + 1]
+        most = np.zeros(len(self.media), np.int64)
+        np.maximum.at(most, owner, pair[:count])
+        return self.media + most + ENDS
+
+    @property
+    def spans(self) -> Numbers:
+        """How many spans beside its medium each record has."""
+        return self.captions + 2 * self.questions + (self.media == 0)
+
+
+class Source:
+    """The records of one part and split.
+
+    Args:
+        part: Which.
+        tokens: Its opened folder.
+        split: Of which its records are.
+
+    Raises:
+        EmulusError: The lengths of a shard are damaged.
+    """
+
+    def __init__(self, part: Part, tokens: Tokens, split: str) -> None:
+        self.part = part
+        self.tokens = tokens
+        self.lines = [line for line in tokens.shards(split) if part.kind in ("all", line.kind) and line.rows]
+        self.starts = np.cumsum([0, *(line.rows for line in self.lines)])
+        self.spans = _spans([(tokens.folder / line.name, line) for line in self.lines])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def size(self) -> int:
+        """Ids of all records."""
+        return sum(line.tokens for line in self.lines)
+
+
+def _spans(shards: Sequence[tuple[Path, ShardLine]]) -> Spans:
+    parts: dict[str, list[Numbers]] = {"media": [], "captions": [], "questions": [], "words": [], "all": []}
+    for path, line in shards:
+        found = read_lengths(path)
+        bounds = found.offsets.astype(np.int64)
+        if len(found.media) != line.rows or int(found.media.sum()) + int(found.lengths.sum()) != line.tokens:
+            raise EmulusError(f"{path}: its lengths are not those of the manifest; {REMEDY}")
+        if ((found.media == 0) != (line.kind == "text")).any():
+            raise EmulusError(f"{path}: its records are not of the kind {line.kind}; {REMEDY}")
+        parts["media"].append(found.media.astype(np.int64))
+        parts["words"].append(found.lengths.astype(np.int64))
+        parts["all"].append(np.diff(bounds))
+        for letter, name in ((LETTERS["caption"], "captions"), (LETTERS["question"], "questions")):
+            before = np.concatenate([[0], np.cumsum(found.roles == letter)])
+            parts[name].append(before[bounds[1:]] - before[bounds[:-1]])
+    whole = {name: np.concatenate([np.empty(0, np.int64), *arrays]) for name, arrays in parts.items()}
+    number = whole.pop("all")
+    spans = Spans(first=np.cumsum(number) - number, **whole)
+    if (spans.spans != number).any():
+        raise EmulusError(f"{shards[0][0].parent}: a file of lengths has spans that no record has; {REMEDY}")
+    return spans
+
+
+class Mixture:
+    """Records of several tokens folders whose ids mean the same. Made by :meth:`open`.
+
+    Attributes:
+        parts: What was asked for.
+        folders: The opened folders of all parts.
+        split: ``train``, ``validation`` or ``test``.
+        sources: The parts that have records of that split, and a weight above 0.
+        shares: Of the documents that are drawn, by source; their sum is 1.
+    """
+
+    def __init__(self, parts: Sequence[Part], folders: Mapping[Path, Tokens], split: str) -> None:
+        self.parts = tuple(parts)
+        self.folders = dict(folders)
+        self.split = split
+        found = [Source(part, folders[part.folder], split) for part in parts]
+        self.sources = [source for source in found if len(source) and source.part.weight != 0]
+        weights = [len(source) if source.part.weight is None else source.part.weight for source in self.sources]
+        self.shares = [weight / sum(weights) for weight in weights]
+        self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, parts: Sequence[str], split: str = "train") -> Mixture:
+        """Open tokens folders.
+
+        Args:
+            parts: As :func:`parse_part` reads them: all with a weight, or all without.
+            split: Which split. Of ``train`` every part must have records; of others, those without are left out.
+
+        Raises:
+            EmulusError: A folder is none, has no such records, or was made by another tokenizer than the first; a
+                shard is missing or damaged; or weights sum to zero.
+        """
+        parsed = [parse_part(text) for text in parts]
+        names = [part.name for part in parsed]
+        if not parsed:
+            raise EmulusError("there is nothing to read; name at least one folder made by emulus tokenize")
+        if doubled := {name for name in names if names.count(name) > 1}:
+            raise EmulusError(f"{min(doubled)} is named twice; name it once, with the sum of the weights")
+        weights = [part.weight for part in parsed if part.weight is not None]
+        if weights and len(weights) < len(parsed):
+            raise EmulusError("some parts have a weight and some have none; give all of them one, or none")
+        if weights and not sum(weights):
+            raise EmulusError("the weights of the parts sum to zero; give one of them a weight above 0")
+        folders = {part.folder: Tokens.open(part.folder) for part in parsed}
+        _check_alike(list(folders.values()))
+        mixture = cls(parsed, folders, split)
+        read = {source.part.name for source in mixture.sources}
+        for part in parsed if split == "train" else ():
+            if part.weight != 0 and part.name not in read:
+                raise EmulusError(f"{part.name} has no records to train on; leave it out, or tokenize such a source")
+        return mixture
+
+    def of_split(self, split: str) -> Mixture:
+        """The same parts' records of another split."""
+        return Mixture(self.parts, self.folders, split)
+
+    @property
+    def tokens(self) -> Tokens:
+        """One of the folders, for all that they have in common: one with a vision tokenizer, if any has."""
+        folders = list(self.folders.values())
+        return next((tokens for tokens in folders if tokens.vision_sha256), folders[0])
+
+    @property
+    def folder(self) -> Path:
+        """Where the tokenizers of all parts are."""
+        return self.tokens.folder
+
+    @property
+    def text(self) -> TextTokenizer:
+        """The text tokenizer of all parts."""
+        return self.tokens.text
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of all parts."""
+        return self.tokens.vocabulary
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def tree(self) -> list[Branch]:
+        """What is mixed, to be shown."""
+        return [
+            Branch(source.part.name, len(source), source.size, share)
+            for source, share in zip(self.sources, self.shares, strict=True)
+        ]
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides what is read: what ids mean, the shards and the shares."""
+        digest = hashlib.sha256(self.tokens.digest().encode())
+        for source, share in zip(self.sources, self.shares, strict=True):
+            digest.update(repr((share, [(line.name, line.sha256) for line in source.lines])).encode())
+        return digest.hexdigest()
+
+    def longest(self) -> Longest:
+        """The longest document that any record can become; of 0 ids if there are no records."""
+        return self._longest
+
+    @cached_property
+    def _longest(self) -> Longest:
+        found = Longest(0, "")
+        for number, source in enumerate(self.sources):
+            lengths = source.spans.longest()
+            record = int(lengths.argmax())
+            if lengths[record] > found.tokens:
+                found = Longest(int(lengths[record]), f"{self.read(number, [record])[0].id} of {source.part.name}")
+        return found
+
+    def pictures(self, split: str, count: int) -> list[TokenizedItem]:
+        """At most so many pictures of a split that have captions, evenly spread."""
+        return self.items(split, count, kinds=("image",), least_captions=1)
+
+    def items(
+        self, split: str, count: int, *, kinds: Sequence[Kind] = ("image", "video"), least_captions: int = 0
+    ) -> list[TokenizedItem]:
+        """At most so many pictures and clips of a split, evenly spread; nothing else is read."""
+        held = self.of_split(split)
+        found: list[tuple[int, int]] = []
+        for number, source in enumerate(held.sources):
+            fitting = np.repeat([line.kind in kinds for line in source.lines], [line.rows for line in source.lines])
+            records = np.flatnonzero(fitting & (source.spans.captions >= least_captions))
+            found += [(number, record) for record in records.tolist()]
+        return [
+            held.sources[number].tokens.item(held.read(number, [record])[0]) for number, record in even(found, count)
+        ]
+
+    def read(self, source: int, records: Sequence[int] | Numbers) -> list[Record]:
+        """Some records of a source, in the order asked for.
+
+        Raises:
+            EmulusError: A shard is damaged, or not the one that was opened.
+        """
+        lines, starts = self.sources[source].lines, self.sources[source].starts
+        numbers = np.asarray(records, np.int64)
+        shards = np.searchsorted(starts, numbers, side="right") - 1
+        found = []
+        for shard, place in zip(shards.tolist(), (numbers - starts[shards]).tolist(), strict=True):
+            opened = self._shard(source, shard)
+            (record,) = opened.read([place])
+            if record.kind != lines[shard].kind:
+                raise EmulusError(f"{opened.path} record {place} is of another kind, {record.kind}; {REMEDY}")
+            found.append(record)
+        return found
+
+    def _shard(self, source: int, shard: int) -> Shard:
+        """An open shard. Few are kept open, since a process may have only so many files open."""
+        with self._lock:
+            opened = self._open.pop((source, shard), None)
+            if opened is None:
+                chosen = self.sources[source]
+                opened = Shard(chosen.tokens.folder / chosen.lines[shard].name)
+            self._open[source, shard] = opened
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return opened
+
+
+def _check_alike(folders: Sequence[Tokens]) -> None:
+    """Refuse to mix ids that mean different things."""
+    first = folders[0]
+    seen = next((tokens for tokens in folders if tokens.vision_sha256), first)
+    for other in folders[1:]:
+        if other.vocabulary != first.vocabulary or list(other.text.pieces) != list(first.text.pieces):
+            raise EmulusError(
+                f"{other.folder} has another vocabulary than {first.folder}; tokenize both with the same one"
+            )
+        if other.vision_sha256 and other.vision_sha256 != seen.vision_sha256:
+            raise EmulusError(
+                f"{other.folder} was made by another vision tokenizer than {seen.folder}; tokenize both with one"
+            )

@@ -1,0 +1,163 @@
+"""units of work -> finished shards, by whoever works: this process, several on this machine, or Daft on a cluster."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emulus.data.encoder import Encoder, Unit
+from emulus.data.records import ShardLine, Skipped
+from emulus.device import pick_device
+from emulus.errors import EmulusError
+
+if TYPE_CHECKING:
+    from emulus.data.tokenize import TokenizeConfig
+
+_DIED = "a worker process died, perhaps for want of memory; run the same command again, with fewer --workers"
+
+
+def finished(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
+    """Work through units.
+
+    Args:
+        config: Says who works.
+        units: What to do; their shards are the same whoever does it.
+
+    Yields:
+        The manifest line of each shard as soon as it is on the disk, in any order.
+
+    Raises:
+        EmulusError: A source is gone, the disk refuses, a worker died, or Daft is not installed.
+    """
+    if config.engine == "daft":
+        return _by_daft(config, units)
+    if config.workers > 1 and len(units) > 1:
+        return _by_processes(config, units)
+    return _here(config, units)
+
+
+def _here(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
+    encoder = Encoder(config, pick_device(config.device))
+    for unit in units:
+        yield encoder.make(unit)
+
+
+def _by_processes(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
+    """Each process is handed the next unit when it is done with one, over a pipe of its own.
+
+    A pipe ends with the process at its other end: a worker that dies is noticed, and workers whose parent was killed
+    end by themselves.
+    """
+    context = multiprocessing.get_context("spawn")
+    left = iter(units)
+    busy: set[Connection] = set()
+    processes = []
+    try:
+        for number in range(min(config.workers, len(units))):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, config, _device(config, number)), daemon=True)
+            process.start()
+            there.close()
+            processes.append(process)
+            here.send(next(left))
+            busy.add(here)
+        while busy:
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                line = _answer(pipe)
+                unit = next(left, None)
+                if unit is None:
+                    busy.remove(pipe)
+                else:
+                    pipe.send(unit)
+                yield line
+    except BrokenPipeError:
+        raise EmulusError(_DIED) from None
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _answer(pipe: Connection) -> ShardLine:
+    try:
+        answer = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        raise EmulusError(_DIED) from None
+    if isinstance(answer, ShardLine):
+        return answer
+    raise EmulusError(str(answer))
+
+
+def _serve(pipe: Connection, config: TokenizeConfig, device: str) -> None:
+    """What a worker process does until its parent is gone."""
+    torch.set_num_threads(1)
+    try:
+        try:
+            encoder = Encoder(config, device)
+            while True:
+                pipe.send(encoder.make(pipe.recv()))
+        except EmulusError as error:
+            pipe.send(str(error))
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        return
+
+
+def _device(config: TokenizeConfig, number: int) -> str:
+    """Workers take the GPUs in turn."""
+    device = pick_device(config.device)
+    if device.type == "cuda" and device.index is None:
+        return f"cuda:{number % torch.cuda.device_count()}"
+    return str(device)
+
+
+def _by_daft(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
+    """Daft holds a column of units and runs a class over it, here or (``DAFT_RUNNER=ray``) on a cluster."""
+    # It reports home unless it is told not to before it is imported.
+    os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1")
+    try:
+        import daft
+    except ImportError:
+        raise EmulusError("engine daft needs the package daft: pip install 'emulus[daft]'") from None
+
+    class DaftEncoder(_DaftEncoder):
+        # One unit at a time, so that each shard is known to be finished as soon as it is.
+        encode = daft.method.batch(return_dtype=daft.DataType.string(), batch_size=1)(_DaftEncoder.encode)
+
+    gpus = 1 if pick_device(config.device).type == "cuda" else 0
+    worker = daft.cls(DaftEncoder, max_concurrency=config.workers, gpus=gpus, use_process=True)
+    encode = worker(config).encode
+    frame = daft.from_pydict({"unit": list(units)})
+    if os.environ.get("DAFT_RUNNER") == "ray":
+        frame = frame.into_partitions(len(units))
+    for row in frame.select(encode(frame["unit"]).alias("line")).iter_rows(results_buffer_size=1):
+        values = json.loads(row["line"])
+        if "error" in values:
+            raise EmulusError(values["error"])
+        skipped = tuple(Skipped(*each) for each in values.pop("skipped"))
+        yield ShardLine(**values, skipped=skipped)
+
+
+class _DaftEncoder:
+    """What Daft makes one of in every worker. Shards go to the run's folder, which all workers see."""
+
+    def __init__(self, config: TokenizeConfig) -> None:
+        torch.set_num_threads(1)
+        self._encoder = Encoder(config, pick_device(config.device))
+
+    def encode(self, units: Any) -> list[str]:
+        lines = []
+        for unit in units.to_pylist():
+            try:
+                lines.append(json.dumps(asdict(self._encoder.make(unit))))
+            except EmulusError as error:
+                lines.append(json.dumps({"error": str(error)}))
+        return lines

@@ -1,0 +1,1 @@
+"""runs of several sizes -> a law that says what a larger one will reach."""

@@ -1,0 +1,140 @@
+"""What looks wrong while a run goes on: outlier gradients, loss spikes, slow processes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from emulus.errors import EmulusError
+
+NORMS, LEAST_NORMS = 64, 16
+LOSSES, LEAST_LOSSES, DEVIATIONS = 128, 16, 5.0
+SPAN, SLOWER = 16, 1.5
+MOST_IN_A_ROW = 8
+# Below this share of the mean a rise is no spike, however even the losses were before.
+LEAST_RISE = 0.01
+
+
+class Watch:
+    """Watches norms, losses and times, which must be the same numbers on every process.
+
+    Attributes:
+        skipped: Steps left out so far.
+        spikes: Loss spikes so far.
+    """
+
+    def __init__(self, skip_norm: float = 0.0) -> None:
+        """Start with nothing seen.
+
+        Args:
+            skip_norm: A gradient norm of more than this many times the median of the last ones is an outlier; 0 finds
+                only norms that are not finite.
+        """
+        self.skip_norm = skip_norm
+        self.skipped, self.spikes = 0, 0
+        self._norms: deque[float] = deque(maxlen=NORMS)
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        self._in_a_row = 0
+        # Not part of the state: times are of this machine and decide nothing.
+        self._times: list[Sequence[float]] = []
+
+    def outlier(self, norm: float) -> bool:
+        """Whether a step is to be left out because of its gradient norm, which is counted.
+
+        After eight outliers in a row the norm is taken to have changed for good, and its usual size is learnt anew:
+        otherwise a run could skip every step from some point on.
+        """
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return True
+        known = self.skip_norm > 0 and len(self._norms) >= LEAST_NORMS
+        if known and norm > self.skip_norm * statistics.median(self._norms):
+            if self._in_a_row < MOST_IN_A_ROW:
+                self._in_a_row += 1
+                self.skipped += 1
+                return True
+            self._norms.clear()
+        self._in_a_row = 0
+        self._norms.append(norm)
+        return False
+
+    def loss(self, step: int, loss: float) -> str | None:
+        """Look at a step's loss.
+
+        Args:
+            step: Number of the step, for the note.
+            loss: Its loss.
+
+        Returns:
+            A note if it is not finite, or above the mean of the last losses by more than five standard deviations.
+        """
+        if not math.isfinite(loss):
+            self.spikes += 1
+            return f"step {step}: the loss is {loss}"
+        note = None
+        if len(self._losses) >= LEAST_LOSSES:
+            mean = statistics.fmean(self._losses)
+            deviation = statistics.pstdev(self._losses, mean)
+            limit = mean + max(DEVIATIONS * deviation, LEAST_RISE * abs(mean))
+            if loss > limit:
+                self.spikes += 1
+                note = f"step {step}: loss spike, {loss:.4g} after a mean of {mean:.4g} (deviation {deviation:.2g})"
+            # A spike counts as the limit, so that one does not hide the next; a new level is still learnt.
+            loss = min(loss, limit)
+        self._losses.append(loss)
+        return note
+
+    def seconds(self, per_rank: Sequence[float]) -> str | None:
+        """Look at how long each process computed by itself.
+
+        Args:
+            per_rank: Seconds of each process, in the order of ranks, since the last call; waiting for other processes
+                must not count, or all are equally slow.
+
+        Returns:
+            Every 16 calls at most one note: the slowest process, if it took over 1.5 times the median.
+        """
+        if self._times and len(self._times[0]) != len(per_rank):
+            self._times.clear()
+        self._times.append(tuple(per_rank))
+        if len(self._times) < SPAN:
+            return None
+        totals = [sum(times) for times in zip(*self._times, strict=True)]
+        self._times.clear()
+        # Of two processes the faster is the measure.
+        usual, slowest = statistics.median_low(totals), max(totals)
+        if len(totals) < 2 or slowest <= SLOWER * usual:
+            return None
+        return (
+            f"process {totals.index(slowest)} is slow: {slowest / SPAN:.3g} s where the median is {usual / SPAN:.3g} s"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to decide alike, as JSON values."""
+        return {
+            "norms": list(self._norms),
+            "losses": list(self._losses),
+            "in_a_row": self._in_a_row,
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave.
+
+        Raises:
+            EmulusError: It is not that.
+        """
+        try:
+            norms, losses = ([float(value) for value in state[name]] for name in ("norms", "losses"))
+            in_a_row, skipped, spikes = (int(state[name]) for name in ("in_a_row", "skipped", "spikes"))
+        except (KeyError, TypeError, ValueError):
+            raise EmulusError("the checkpoint's figures of norms and losses are damaged; go on from another") from None
+        self._norms.clear()
+        self._norms.extend(norms)
+        self._losses.clear()
+        self._losses.extend(losses)
+        self._in_a_row, self.skipped, self.spikes = in_a_row, skipped, spikes

@@ -1,0 +1,144 @@
+"""Any number of processes, shared out in any way, trains the same model on the same batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import emulus
+from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.errors import EmulusError
+from emulus.parallel.config import ParallelConfig
+from emulus.parallel.processes import Processes, settle
+from emulus.pipeline import Emulus
+from emulus.train.config import TrainConfig
+from emulus.train.metrics import read_metrics
+from emulus.train.pretrain import PretrainConfig, pretrain
+from tests.parallel.ranks import as_rank, free_ports, run_ranks
+
+STEPS, FIRST = 6, 3
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "replicate 2": (2, ParallelConfig()),
+    "shard 2": (2, ParallelConfig(shard=2)),
+    "tensor 2": (2, ParallelConfig(tensor=2)),
+    "context 2": (2, ParallelConfig(context=2)),
+    "replicate 2 x shard 2": (4, ParallelConfig(shard=2)),
+    "shard 4": (4, ParallelConfig(shard=4)),
+    "shard 2 x tensor 2": (4, ParallelConfig(shard=2, tensor=2)),
+    "shard 2 x context 2, recomputing": (4, ParallelConfig(shard=2, context=2, recompute=True)),
+    "context 2 x tensor 2": (4, ParallelConfig(context=2, tensor=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Emulus, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    folder = tmp_path_factory.mktemp("elastic")
+    tiny.save(folder / "model")
+    tokens = TokenizeConfig(
+        sources=(shapes,), vision=folder / "model", out=folder / "tokens", size=16, views=1, text_size=300
+    )
+    tokenize(tokens)
+    loop = TrainConfig(
+        steps=STEPS,
+        learning_rate=3e-3,
+        warmup_steps=2,
+        schedule="wsd",
+        decay_share=0.0,
+        save_every=FIRST,
+        evaluate_every=STEPS,
+        precision="fp32",
+        device="cpu",
+    )
+    return PretrainConfig(
+        tokens=(str(tokens.out),),
+        out=folder,
+        context=128,
+        dropout=0.0,
+        row_tokens=160,
+        rows_per_step=4,
+        window=32,
+        evaluation_pictures=2,
+        train=loop,
+        defaults=tiny.defaults,
+    )
+
+
+def laid_out(config: PretrainConfig, sizes: ParallelConfig, out: Path, steps: int = STEPS) -> PretrainConfig:
+    loop = dataclasses.replace(config.train, parallel=sizes, steps=steps)
+    return dataclasses.replace(config, out=out, train=loop)
+
+
+def train_all(rank: int, config: PretrainConfig, ports: list[int]) -> None:
+    """Every layout from the start; then a run that changes its layout half-way, twice."""
+    places = iter(ports)
+    for name, (world, sizes) in LAYOUTS.items():
+        step_into(rank, world, next(places), laid_out(config, sizes, config.out / name))
+    changing = config.out / "changing"
+    for steps, name in ((2, "shard 2 x tensor 2"), (4, "one"), (STEPS, "shard 4")):
+        world, sizes = LAYOUTS[name]
+        step_into(rank, world, next(places), laid_out(config, sizes, changing, steps))
+
+
+def step_into(rank: int, world: int, port: int, config: PretrainConfig) -> None:
+    if rank < world:
+        with as_rank(rank, world, port):
+            pretrain(config)
+
+
+@pytest.fixture(scope="module")
+def runs(config: PretrainConfig) -> Path:
+    run_ranks(train_all, 4, config, free_ports(len(LAYOUTS) + 3))
+    return config.out
+
+
+def figures(run: Path, name: str, kind: str = "train") -> list[float]:
+    return [line[name] for line in read_metrics(run) if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "changing"])
+def test_losses_do_not_depend_on_the_layout(runs: Path, name: str) -> None:
+    for figure in ("loss", "visual", "text", "grad_norm"):
+        ours, alone = figures(runs / name, figure), figures(runs / "one", figure)
+        assert len(ours) == STEPS
+        assert ours == pytest.approx(alone, abs=1e-5, rel=1e-5), figure
+    assert figures(runs / name, "tokens") == figures(runs / "one", "tokens")
+    bits = figures(runs / name, "visual_bits", "evaluation")[-1:]
+    assert bits == pytest.approx(figures(runs / "one", "visual_bits", "evaluation"), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "changing"])
+def test_the_models_are_the_same(runs: Path, name: str) -> None:
+    ours, alone = (emulus.load(runs / each, device="cpu").decoder.state_dict() for each in (name, "one"))
+    for key, weight in alone.items():
+        torch.testing.assert_close(ours[key], weight, atol=2e-5, rtol=1e-4)
+    assert (runs / name / f"evaluations/drawn-{STEPS:08d}.png").exists()
+
+
+def refuse(rank: int, config: PretrainConfig, port: int) -> None:
+    sizes = ParallelConfig(tensor=4)
+    with as_rank(rank, 4, port), pytest.raises(EmulusError, match="tensor 4 does not divide the model's num_key_value"):
+        pretrain(laid_out(config, sizes, config.out / "refused"))
+
+
+def test_a_model_that_cannot_be_shared_out_is_refused(config: PretrainConfig) -> None:
+    run_ranks(refuse, 4, config, free_ports(1)[0])
+
+
+def test_sizes_must_multiply_to_the_processes() -> None:
+    assert settle(ParallelConfig(shard=2, tensor=2), 8).replicate == 2
+    with pytest.raises(EmulusError, match="6 processes cannot be shared out as replicate any x shard 4"):
+        settle(ParallelConfig(shard=4), 6)
+    with pytest.raises(EmulusError, match="torchrun --nproc-per-node 4"):
+        settle(ParallelConfig(shard=2, context=2), 1)
+
+
+def test_who_does_what() -> None:
+    sizes = ParallelConfig(replicate=1, shard=2, context=2, tensor=2)
+    seen = [Processes(device=torch.device("cpu"), rank=rank, world=8, sizes=sizes) for rank in range(8)]
+    assert [each.data_rank for each in seen] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [each.context_rank for each in seen] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert {each.summed_over for each in seen} == {4}
