@@ -82,7 +82,8 @@ def draw(shape: Shape, kinds: Sequence[str], options: Options) -> list[Case]:
     """One guided picture by the engine, with weights of every kind, and by transformers' recipe."""
     model, width = subject(shape, options.toy), 4 if options.toy else 32
     rows, checked = (2, 2) if options.toy else (options.settings["rows"], options.settings["checked-rows"])
-    theirs, vocabulary = reference.in_transformers(model), model.grammar.vocabulary
+    vocabulary = model.grammar.vocabulary
+    theirs = reference.in_transformers(model.decoder, vocabulary)
     checks, engines = {}, {}
     for kind in kinds:
         decoder = reference.variant(model.decoder, kind)

@@ -92,7 +92,7 @@ def bench(toy: bool) -> Bench:
     model = reference.make_subject(lambda _: shape, vocabulary, device=device, bf16=True)
     return Bench(
         model=model,
-        theirs=reference.in_transformers(model),
+        theirs=reference.in_transformers(model.decoder, vocabulary),
         side=6 if toy else 90,
         copied=copied(device, 2**20 if toy else 2**31),
     )

@@ -131,9 +131,9 @@ def variant(decoder: Decoder, kind: str) -> Decoder:
     return quantize_decoder(decoder, check_kind(kind))
 
 
-def in_transformers(subject: Subject) -> Any:
+def in_transformers(decoder: Decoder, vocabulary: Vocabulary) -> Any:
     """transformers' Emu3 of the same shape, whose weights are the very same tensors."""
-    shape, vocabulary = subject.decoder.config, subject.grammar.vocabulary
+    shape = decoder.config
     config = transformers.Emu3TextConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -150,10 +150,10 @@ def in_transformers(subject: Subject) -> Any:
     )
     with torch.device("meta"):
         model = transformers.Emu3ForCausalLM(config)
-    model.load_state_dict(subject.decoder.state_dict(), assign=True)
+    model.load_state_dict(decoder.state_dict(), assign=True)
     # Not in the file, and so the only thing still without memory.
     rotary: Any = Emu3RotaryEmbedding
-    model.model.rotary_emb = rotary(config=config).to(subject.decoder.lm_head.weight.device)
+    model.model.rotary_emb = rotary(config=config).to(decoder.lm_head.weight.device)
     return model.eval()
 
 

@@ -13,7 +13,8 @@ import torch
 from emulus.bundle import Bundle, load_bundle, save_bundle
 from emulus.cli import main
 from emulus.commands.quantize import quantize_folder
-from emulus.data.tokens import TokenizeConfig, Tokens, tokenize
+from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokens import Tokens
 from emulus.errors import EmulusError
 from emulus.layouts import convert, inspect_folder
 from emulus.model import Decoder, load_decoder, sized
@@ -36,7 +37,7 @@ def tokens(folder: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory)
     """Codes of the coloured squares by the tiny model's vision tokenizer, with the text vocabulary they give."""
     out = tmp_path_factory.mktemp("tokens") / "tokens"
     return tokenize(
-        TokenizeConfig(data=shapes, vision=folder / "vision", out=out, size=16, views=1, shift=0, text_size=300)
+        TokenizeConfig(sources=(shapes,), vision=folder / "vision", out=out, size=16, views=1, shift=0, text_size=300)
     )
 
 
@@ -175,8 +176,9 @@ def test_damaged_tokens(trained: Path, tokens: Path, tmp_path: Path) -> None:
     copy.mkdir()
     for file in tokens.iterdir():
         (copy / file.name).symlink_to(file)
-    (copy / "train-00000.parquet").unlink()
-    (copy / "train-00000.parquet").write_bytes(b"not parquet")
-    with pytest.raises(EmulusError, match=r"train-00000\.parquet is damaged"):
+    shard = copy / "train-image-00000.arrayrecord"
+    shard.unlink()
+    shard.write_bytes(b"x" * (tokens / shard.name).stat().st_size)
+    with pytest.raises(EmulusError, match=r"train-image-00000\.arrayrecord is cut off, damaged"):
         quantize_folder(trained, tmp_path / "out", "int4", tokens=copy)
     assert not (tmp_path / "out").exists()

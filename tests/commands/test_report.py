@@ -59,7 +59,7 @@ def test_page_of_an_unfinished_run(run: Path, capsys: pytest.CaptureFixture[str]
     for title in ("Visual ids over tokens", "Text ids", "Gradient norm", "Utilisation", "Waiting for data", "Speed"):
         assert f"<b>{title}</b>" in page
     assert "restarted; 5 steps were done again" in page
-    assert "2 restarts, 1 skipped steps, 1 notes" in page
+    assert "Restarts: 2; skipped steps: 1; notes: 1." in page
     assert "loss spike, &lt;9&gt;" in page
     assert "out: &lt;here&gt;" in page
     # Six of thirty sheets, the newest and the first among them.
@@ -113,7 +113,7 @@ def test_figures_that_are_not_finite_do_not_hurt(tmp_path: Path) -> None:
 def test_other_folders_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(EmulusError, match=rf"is no training run .*name one of {run}"):
         report([str(tmp_path)])
-    with pytest.raises(EmulusError, match="is no training run .*--out of a training command"):
+    with pytest.raises(EmulusError, match=r"is no training run .*--out of a training command"):
         report([str(tmp_path / "nothing")])
     (run / "config.yaml").write_text("- 1\n")
     with pytest.raises(EmulusError, match=r"config\.yaml is damaged"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +22,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [shuffled(np.arange(start, start + 100), 100, seed) for start in (0, 100, 200) for seed in (0, 1)]
     assert len({order.tobytes() for order in orders}) == 6
     # The mean distance of two random orders of n is n / 3.
-    distances = [np.abs(a - b).mean() for a, b in zip(orders, orders[1:], strict=False)]
+    distances = [np.abs(a - b).mean() for a, b in pairwise(orders)]
     assert 25 < min(distances) <= max(distances) < 42
 
 
@@ -49,6 +51,11 @@ def test_shares_are_kept_at_every_place(weights: list[float], start: int) -> Non
         if len(here):
             assert abs(here[0] - share * start) < len(weights) + 2 + start * 2e-6
         assert abs(len(here) - 300 * share) <= len(weights) + 1
+
+
+def test_whole_weights_are_kept_exactly() -> None:
+    source, _ = mixed(np.arange(10 * 1000), [1, 899, 100])
+    assert all(np.bincount(part).tolist() == [1, 899, 100] for part in np.split(source, 10))
 
 
 @pytest.mark.parametrize("start", [0, 10**12])

@@ -1,126 +1,132 @@
-"""Data sets as codes: what is written, how it is resumed, what is refused."""
+"""Opening a tokens folder: what is in it comes out, and what is damaged is refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from emulus.data.media_dataset import MediaDataset, decode_item, shifted, to_pixels
-from emulus.data.source import open_source
-from emulus.data.tokens import TokenizeConfig, Tokens, tokenize
+from emulus.data.records import Shard, lengths_path, shard_name
+from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokens import SETTINGS, Tokens, vision_digest
 from emulus.errors import EmulusError
 from emulus.pipeline import Emulus
-from emulus.sequence import Image, Video
+from tests.data.folders import CODES, Thing, grammar_of_things, make_folder, make_things, to_record
+
+MEDIA = {
+    (split, kind): make_things(kind, count, f"{split}/{kind}")
+    for split, kind, count in [("train", "image", 9), ("train", "video", 5), ("test", "image", 2)]
+}
+TEXTS = {("train", "text"): make_things("text", 4, "train/text")}
 
 
-@pytest.fixture(scope="module")
-def config(tiny: Emulus, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenizeConfig:
-    folder = tmp_path_factory.mktemp("tokens")
-    tiny.save(folder / "model")
-    return TokenizeConfig(
-        data=shapes, vision=folder / "model", out=folder / "tokens", size=16, views=2, shift=1, text_size=300, batch=5
-    )
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "tokens", {**MEDIA, **TEXTS})
 
 
-def test_codes_are_those_of_the_vision_tokenizer(config: TokenizeConfig, tiny: Emulus, shapes: Path) -> None:
-    tokens = Tokens.open(tokenize(config))
-    assert (len(tokens.items("train")), len(tokens.items("validation"))) == (2 * 32, 8)
-    assert tokens.vocabulary.visual_size == 64
-    by_id = {item.id: item for item in open_source(shapes)}
-    for found in tokens.items("validation"):
-        frames, fps = decode_item(by_id[found.id], size=16)
-        pixels = to_pixels(frames)
-        expected = tiny.vision.encode(pixels if len(frames) == 1 else pixels[None])[0]
-        assert torch.equal(found.media.codes, expected)
-        assert isinstance(found.media, Video if len(frames) > 1 else Image)
-        if isinstance(found.media, Video):
-            assert found.media.fps == fps == 8.0
-        assert found.captions == by_id[found.id].captions
+def test_items_are_what_was_written(folder: Path) -> None:
+    tokens = Tokens.open(folder)
+    for split in ("train", "validation", "test"):
+        things = {thing.id: thing for (of, _), chosen in MEDIA.items() if of == split for thing in chosen}
+        items = tokens.items(split)
+        assert sorted(item.id for item in items) == sorted(things)
+        for item in items:
+            assert item.captions == things[item.id].captions
+            assert item.media == things[item.id].media
 
 
-def test_resuming_makes_the_same_files(config: TokenizeConfig, tmp_path: Path) -> None:
-    whole = tokenize(config)
-    torn = dataclasses.replace(config, out=tmp_path / "torn")
-    tokenize(torn)
-    (torn.out / "train-00000.parquet").unlink()
-    (torn.out / "tokens.json").rename(torn.out / "making.json")
-    with pytest.raises(EmulusError, match="not finished"):
-        Tokens.open(torn.out)
-    tokenize(torn)
-    for path in whole.glob("*.parquet"):
-        assert path.read_bytes() == (torn.out / path.name).read_bytes()
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=30), max_size=3))
+def test_captions_come_back_letter_by_letter(words: list[str]) -> None:
+    grammar = grammar_of_things()
+    thing = make_things("image", 1, "x")[0]
+    record = to_record(grammar, Thing(id="x", media=thing.media, captions=tuple(words)))
+    for ids, caption in zip(record.of("caption"), words, strict=True):
+        assert grammar.text.encode(grammar.text.decode(ids.tolist())) == ids.tolist() == grammar.text.encode(caption)
 
 
-def test_other_settings_are_refused(config: TokenizeConfig) -> None:
-    tokenize(config)
-    with pytest.raises(EmulusError, match="other settings"):
-        tokenize(dataclasses.replace(config, views=3))
+def test_shards_are_those_of_the_manifest(folder: Path) -> None:
+    tokens = Tokens.open(folder)
+    assert [line.rows for line in tokens.shards("train", "image")] == [5, 4]
+    assert {line.kind for line in tokens.shards("train")} == {"text", "image", "video"}
+    assert tokens.shards("validation") == []
+    # A shard without its line does not exist.
+    copy = folder / shard_name("test", "image", 7)
+    copy.write_bytes((folder / shard_name("test", "image", 0)).read_bytes())
+    assert len(Tokens.open(folder).items("test")) == 2
 
 
-def test_damage_is_named(config: TokenizeConfig, tmp_path: Path) -> None:
-    mine = dataclasses.replace(config, out=tmp_path / "mine")
-    tokenize(mine)
-    vocabulary = json.loads((mine.out / "vocabulary.json").read_text())
-    (mine.out / "vocabulary.json").write_text(json.dumps({**vocabulary, "visual_size": 2}))
-    with pytest.raises(EmulusError, match="outside the vocabulary of 2"):
-        Tokens.open(mine.out).items("train")
-    shard = mine.out / "train-00000.parquet"
-    shard.write_bytes(shard.read_bytes()[:50])
-    with pytest.raises(EmulusError, match=r"train-00000\.parquet is damaged"):
-        Tokens.open(mine.out).items("train")
-    with pytest.raises(EmulusError, match="holds no tokens"):
+def test_unfinished_and_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EmulusError, match="holds no tokens: make them"):
         Tokens.open(tmp_path)
+    (folder / SETTINGS).rename(folder / "making.json")
+    with pytest.raises(EmulusError, match="not finished: run the same tokenize command"):
+        Tokens.open(folder)
+    (folder / SETTINGS).write_text("[]")
+    with pytest.raises(EmulusError, match="holds no settings"):
+        Tokens.open(folder)
 
 
-def test_an_item_that_cannot_be_read_is_left_out(
-    config: TokenizeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for path in config.data.iterdir():
-        (data / path.name).write_bytes(path.read_bytes())
-    (data / "3.png").write_bytes((data / "3.png").read_bytes()[:40])
-    broken = dataclasses.replace(config, data=data, out=tmp_path / "out")
-    tokens = Tokens.open(tokenize(broken))
-    assert len(tokens.items("train")) == 2 * 31
-    items = open_source(data).select(split="train", kind="image")
-    dataset = MediaDataset(items, size=16)
-    place = next(number for number, item in enumerate(items) if item.id.startswith("3."))
-    assert torch.equal(dataset[place], dataset[place + 1])
-    assert len(dataset.bad) == 1
+def test_damage_is_named(folder: Path) -> None:
+    tokens = Tokens.open(folder)
+    tokens.check()
+    shard = folder / shard_name("train", "image", 1)
+    for path in (shard, lengths_path(shard)):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(EmulusError, match=r"is not what was written \(its SHA-256 differs\)"):
+            tokens.check()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(EmulusError, match=f"{shard} and its lengths are missing or cut off"):
+            Tokens.open(folder)
+        path.unlink()
+        with pytest.raises(EmulusError, match="missing or cut off"):
+            Tokens.open(folder)
+        path.write_bytes(whole)
+    tokens.check()
 
 
-def test_the_tables_frame_rate_wins(shapes: Path) -> None:
-    item = open_source(shapes).select(kind="video")[0]
-    frames, fps = decode_item(item, size=16)
-    assert (len(frames), fps) == (8, 8.0)
-    slow = dataclasses.replace(item, fps=2.0)
-    assert [len(decode_item(slow, size=16, fps=rate)[0]) for rate in (None, 2.0, 1.0, 4.0)] == [8, 8, 4, 16]
-    assert decode_item(slow, size=16)[1] == 2.0
+@pytest.mark.parametrize("name", ["vocabulary.json", "tokenizer.json"])
+def test_a_missing_vocabulary_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(EmulusError, match=f"{folder}"):
+        Tokens.open(folder)
 
 
-def test_changed_words_are_other_settings(config: TokenizeConfig, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for path in config.data.iterdir():
-        (data / path.name).write_bytes(path.read_bytes())
-    mine = dataclasses.replace(config, data=data, out=tmp_path / "out")
-    tokenize(mine)
-    table = data / "captions.jsonl"
-    table.write_text(table.read_text().replace("a red square", "a crimson square"))
-    with pytest.raises(EmulusError, match="other settings"):
-        tokenize(mine)
+def test_codes_of_another_vocabulary_are_refused(folder: Path) -> None:
+    values = json.loads((folder / "vocabulary.json").read_text())
+    (folder / "vocabulary.json").write_text(json.dumps({**values, "visual_size": 2}))
+    with pytest.raises(EmulusError, match="codes outside the vocabulary of 2"):
+        Tokens.open(folder).items("train")
+    (folder / "vocabulary.json").write_text(json.dumps({**values, "text_size": values["text_size"] - 1}))
+    with pytest.raises(EmulusError, match="text tokenizer has"):
+        Tokens.open(folder)
 
 
-def test_shifting() -> None:
-    import numpy as np
+def test_the_digest_says_what_ids_mean(tmp_path: Path) -> None:
+    folders = [
+        make_folder(tmp_path / "a", TEXTS),
+        make_folder(tmp_path / "b", MEDIA),
+        make_folder(tmp_path / "c", TEXTS, vision="other"),
+        make_folder(tmp_path / "d", TEXTS, seed=1),
+    ]
+    first, same, *others = (Tokens.open(folder).digest() for folder in folders)
+    assert first == same
+    assert len({first, *others}) == 3
 
-    frames = torch.arange(2 * 3 * 6 * 6, dtype=torch.uint8).reshape(2, 3, 6, 6)
-    moved = [shifted(frames, np.random.default_rng(seed), 2) for seed in range(20)]
-    assert all(m.shape == frames.shape for m in moved)
-    assert len({m.numpy().tobytes() for m in moved}) > 5
-    assert torch.equal(shifted(frames, np.random.default_rng(0), 0), frames)
+
+def test_what_tokenize_writes_is_opened(tiny: Emulus, shapes: Path, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    config = TokenizeConfig(
+        sources=(shapes,), vision=tmp_path / "model", out=tmp_path / "tokens", size=16, text_size=300
+    )
+    tokens = Tokens.open(tokenize(config))
+    assert tokens.vision_sha256 == vision_digest(tiny.vision)
+    assert (len(tokens.items("train")), len(tokens.items("validation"))) == (32, 8)
+    rows = sum(len(Shard(tokens.folder / line.name)) for line in tokens.lines)
+    assert rows == sum(line.rows for line in tokens.lines) == 48
+    assert tokens.vocabulary.visual_size == 64 != CODES
+    tokens.check()

@@ -11,9 +11,9 @@ import torch
 from emulus.data.tokens import TokenizedItem
 from emulus.evaluate.choice import Accuracy, caption_scores, choose, make_groups, picture_scores
 from emulus.model import Decoder
+from emulus.model.attention import Row
 from emulus.pipeline import Emulus
 from emulus.sequence import Image, caption_first, caption_last, collate
-from emulus.train.pretrain import token_losses
 
 WORDS = ("red", "green", "blue", "orange")
 
@@ -39,10 +39,15 @@ def learned(model: Emulus) -> Decoder:
     for item in items():
         documents += [caption_first(item.captions[0], item.media), caption_last(item.media, item.captions[0])]
     batch = collate([model.grammar.build(document) for document in documents], model.grammar.vocabulary)
+    here, row = batch.supervised, Row.whole(batch.document_lengths)
+    equal = torch.full((len(here),), 1 / len(here))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
-        token_losses(decoder, batch).mean().backward()
+        losses = decoder.losses(
+            batch.input_ids, batch.position_ids, row, supervised=here, targets=batch.targets[here], weights=equal
+        )
+        losses.total.backward()
         optimizer.step()
     return decoder
 

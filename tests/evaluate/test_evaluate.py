@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from emulus.data.source import open_source
-from emulus.data.tokens import TokenizeConfig, tokenize
+from emulus.data.tokenize import TokenizeConfig, tokenize
 from emulus.errors import EmulusError
 from emulus.evaluate import EvaluateConfig, Gallery, GalleryCounts, Section, encode_examples, evaluate, galleries
 from emulus.evaluate.galleries import GIVEN, MADE, marked
@@ -61,7 +61,12 @@ def test_training_ids_from_a_tokens_folder_or_a_few_items(config: EvaluateConfig
     quiet = dataclasses.replace(config, show=GalleryCounts(**dict.fromkeys(dataclasses.asdict(SHOW), 0)), documents=2)
     tokenize(
         TokenizeConfig(
-            data=config.data, vision=config.model / "vision", out=tmp_path / "tokens", size=16, views=1, text_size=300
+            sources=(config.data,),
+            vision=config.model / "vision",
+            out=tmp_path / "tokens",
+            size=16,
+            views=1,
+            text_size=300,
         )
     )
     with_tokens = evaluate(dataclasses.replace(quiet, tokens=tmp_path / "tokens", out=tmp_path / "a"))
@@ -79,7 +84,12 @@ def test_tokens_of_another_tokenizer_are_refused(config: EvaluateConfig, model: 
     other.save(tmp_path / "other")
     tokens = tokenize(
         TokenizeConfig(
-            data=config.data, vision=tmp_path / "other" / "vision", out=tmp_path / "t", size=16, views=1, text_size=300
+            sources=(config.data,),
+            vision=tmp_path / "other" / "vision",
+            out=tmp_path / "t",
+            size=16,
+            views=1,
+            text_size=300,
         )
     )
     with pytest.raises(EmulusError, match="another vision tokenizer"):

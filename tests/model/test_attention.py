@@ -115,6 +115,21 @@ def test_recomputing_changes_nothing() -> None:
         assert torch.equal(kept, recomputed)
 
 
+def test_compiled_blocks_are_not_compiled_for_every_row() -> None:
+    torch.manual_seed(0)
+    model = Decoder(sized("tiny", vocab_size=64, attention_dropout=0.0)).train()
+    ids = torch.randint(0, 64, (40,))
+    rows = [[10, 30], [40], [1, 2, 37], [20, 20], *([start, 40 - start] for start in range(3, 9))]
+    expected = [model.hidden(ids[None], document_lengths=lengths) for lengths in rows]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in model.model.blocks:
+        block.add = torch.compile(block.add, backend="aot_eager")  # type: ignore[method-assign]
+    for lengths, hidden in zip(rows, expected, strict=True):
+        torch.testing.assert_close(model.hidden(ids[None], document_lengths=lengths), hidden)
+    assert torch._dynamo.utils.counters["frames"]["total"] < 8
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["varlen", "flex", "auto"])
 @pytest.mark.parametrize("part", [None, (100, 300)])

@@ -73,7 +73,7 @@ def laid_out(config: PretrainConfig, sizes: ParallelConfig, out: Path, steps: in
 
 
 def train_all(rank: int, config: PretrainConfig, ports: list[int]) -> None:
-    """Every layout from the start; then a run that changes its layout half-way, twice."""
+    """Every layout from the start; a run that changes its layout half-way, twice; and one that cannot be."""
     places = iter(ports)
     for name, (world, sizes) in LAYOUTS.items():
         step_into(rank, world, next(places), laid_out(config, sizes, config.out / name))
@@ -81,6 +81,10 @@ def train_all(rank: int, config: PretrainConfig, ports: list[int]) -> None:
     for steps, name in ((2, "shard 2 x tensor 2"), (4, "one"), (STEPS, "shard 4")):
         world, sizes = LAYOUTS[name]
         step_into(rank, world, next(places), laid_out(config, sizes, changing, steps))
+    with pytest.raises(EmulusError) as error:
+        step_into(rank, 4, next(places), laid_out(config, ParallelConfig(tensor=4), config.out / "refused"))
+    if rank == 0:
+        (config.out / "refused.txt").write_text(str(error.value))
 
 
 def step_into(rank: int, world: int, port: int, config: PretrainConfig) -> None:
@@ -91,7 +95,7 @@ def step_into(rank: int, world: int, port: int, config: PretrainConfig) -> None:
 
 @pytest.fixture(scope="module")
 def runs(config: PretrainConfig) -> Path:
-    run_ranks(train_all, 4, config, free_ports(len(LAYOUTS) + 3))
+    run_ranks(train_all, 4, config, free_ports(len(LAYOUTS) + 4))
     return config.out
 
 
@@ -118,14 +122,9 @@ def test_the_models_are_the_same(runs: Path, name: str) -> None:
     assert (runs / name / f"evaluations/drawn-{STEPS:08d}.png").exists()
 
 
-def refuse(rank: int, config: PretrainConfig, port: int) -> None:
-    sizes = ParallelConfig(tensor=4)
-    with as_rank(rank, 4, port), pytest.raises(EmulusError, match="tensor 4 does not divide the model's num_key_value"):
-        pretrain(laid_out(config, sizes, config.out / "refused"))
-
-
-def test_a_model_that_cannot_be_shared_out_is_refused(config: PretrainConfig) -> None:
-    run_ranks(refuse, 4, config, free_ports(1)[0])
+def test_a_model_that_cannot_be_shared_out_is_refused(runs: Path) -> None:
+    said = (runs / "refused.txt").read_text()
+    assert "tensor 4 does not divide the model's num_key_value_heads 2" in said
 
 
 def test_sizes_must_multiply_to_the_processes() -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from tests.golden.curve import FIGURES, GOLDEN, HELD_OUT, STEPS, curve
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """Relative. Other versions of PyTorch, and other processors, add numbers in another order; what is off by more has
-learned something else."""
+learned something else. Restricting a processor to AVX2, or to no vector instructions at all, moves losses by 4e-7 and
+gradient norms by 1e-5."""
 
 
 def test_the_losses_are_those_on_file(tmp_path: Path) -> None:

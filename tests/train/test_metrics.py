@@ -130,9 +130,10 @@ def test_tensorboard_has_the_figures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("board", ["wandb", "trackio"])
 def test_other_boards_take_the_figures(tmp_path: Path, board: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(board)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    # Read when it is imported.
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip(board)
     (tmp_path / "config.yaml").write_text("size: tiny\n")
     log = MetricsLog(tmp_path, resumed_at=0, boards=(board,))
     log.write(1, "train", {"loss": 1.0})
@@ -176,17 +177,28 @@ def test_no_profile_is_made_unless_asked_for(tmp_path: Path) -> None:
     assert not (tmp_path / "profile").exists()
 
 
-def _write_from(rank: int, store: str, run: Path) -> None:
+def _write_from(rank: int, store: Path, run: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    log = MetricsLog(run, resumed_at=0, boards=("tensorboard",) if rank else ())
+    # The second one would fail if it opened a board.
+    log = MetricsLog(run, resumed_at=0, boards=("none such",) if rank else ())
     log.write(1, "train", {"rank": float(rank)})
     log.note(1, f"from {rank}")
     log.close()
+    with profiled(1, run / str(rank)) as profiler:
+        for _ in range(12):
+            profiler.step()
     dist.barrier()
     dist.destroy_process_group()
 
 
+def _second(_: int, store: Path, run: Path) -> None:
+    _write_from(1, store, run)
+
+
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    mp.start_processes(_write_from, (str(tmp_path / "store"), tmp_path), nprocs=2, start_method="spawn")
+    second = mp.start_processes(_second, (tmp_path / "store", tmp_path), nprocs=1, join=False, start_method="spawn")
+    _write_from(0, tmp_path / "store", tmp_path)
+    second.join()
     assert [line.get("rank", line.get("text")) for line in read_metrics(tmp_path)] == [0.0, "from 0"]
-    assert not (tmp_path / "tensorboard").exists()
+    assert (tmp_path / "0").exists()
+    assert not (tmp_path / "1").exists()

@@ -173,7 +173,7 @@ class Planner:
 
     def documents(self, places: Numbers) -> Documents:
         """The documents at some places of the endless line."""
-        source, within = mixed(places, self.mixture.shares)
+        source, within = mixed(places, self.mixture.weights)
         random = uniform(self.seed, _DOCUMENT, places[:, None], np.arange(4))
         record, task, words, lengths = (np.zeros(len(places), np.int64) for _ in range(4))
         for number, found in enumerate(self.mixture.sources):

@@ -202,6 +202,7 @@ class Mixture:
         folders: The opened folders of all parts.
         split: ``train``, ``validation`` or ``test``.
         sources: The parts that have records of that split, and a weight above 0.
+        weights: Of each source: as asked for, or its number of records.
         shares: Of the documents that are drawn, by source; their sum is 1.
     """
 
@@ -211,8 +212,9 @@ class Mixture:
         self.split = split
         found = [Source(part, folders[part.folder], split) for part in parts]
         self.sources = [source for source in found if len(source) and source.part.weight != 0]
-        weights = [len(source) if source.part.weight is None else source.part.weight for source in self.sources]
-        self.shares = [weight / sum(weights) for weight in weights]
+        weighted = [(source, source.part.weight) for source in self.sources]
+        self.weights = [len(source) if weight is None else weight for source, weight in weighted]
+        self.shares = [weight / sum(self.weights) for weight in self.weights]
         self._open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
         self._lock = threading.Lock()
 

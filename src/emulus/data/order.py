@@ -17,7 +17,7 @@ Hashes = npt.NDArray[np.uint64]
 
 _ROUNDS = 6
 _SHARES = 1 << 20
-"""Weights are whole numbers of this sum: places up to 2^43 can be counted in 64 bits."""
+"""Weights become whole numbers of about this sum, so that places up to 2^42 can be counted in 64 bits."""
 
 
 def hashed(*words: int | Places | Hashes) -> Hashes:
@@ -76,13 +76,14 @@ def mixed(places: Places, weights: Sequence[float]) -> tuple[Places, Places]:
 
     Args:
         places: From 0 on.
-        weights: Above 0, in any unit.
+        weights: Above 0, in any unit. Whole numbers of a sum up to 2^20 are kept exactly, others to a millionth.
 
     Returns:
         The source of each place, and the place within that source.
     """
     total = sum(weights)
-    shares = [max(round(weight / total * _SHARES), 1) for weight in weights]
+    exact = total <= _SHARES and all(float(weight).is_integer() for weight in weights)
+    shares = [int(weight) if exact else max(round(weight / total * _SHARES), 1) for weight in weights]
     rest = sum(shares)
     source = np.full(len(places), -1, np.int64)
     within = np.zeros(len(places), np.int64)

@@ -61,7 +61,7 @@ def _config(run: Path) -> Mapping[str, Any]:
     """What ``config.yaml`` says; nothing if there is none."""
     path = run / CONFIG_FILE
     if not path.exists() and not (run / METRICS_FILE).exists():
-        inside = sorted({file.parent for file in run.glob(f"*/{METRICS_FILE}")})
+        inside = sorted(file.parent for depth in ("*", "*/*") for file in run.glob(f"{depth}/{METRICS_FILE}"))[:9]
         hint = f": name one of {', '.join(map(str, inside))}" if inside else "; name the --out of a training command"
         raise EmulusError(f"{run} is no training run (it has neither {CONFIG_FILE} nor {METRICS_FILE}){hint}")
     config = read_yaml(path) if path.exists() else {}
@@ -190,7 +190,7 @@ def _events(lines: Lines) -> Section:
         elif line["kind"] == "train":
             skipped = max(skipped, int(line.get("skipped", 0)))
     restarts = sum(line["kind"] == "restart" for line in lines)
-    text = f"{restarts:,} restarts, {skipped:,} skipped steps, {len(rows) - restarts:,} notes. {_newest(len(rows))}"
+    text = f"Restarts: {restarts:,}; skipped steps: {skipped:,}; notes: {len(rows) - restarts:,}. {_newest(len(rows))}"
     blocks: tuple[Block, ...] = (Table(head=("Step", "What"), rows=tuple(rows[-MOST_ROWS:])),)
     if not rows:
         blocks = (Text(text="Nothing unusual."),) if any(line["kind"] == "train" for line in lines) else ()

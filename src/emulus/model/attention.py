@@ -95,6 +95,8 @@ def chunk_of(lengths: Sequence[int], start: int, stop: int) -> Chunk:
     return Chunk(start=start, stop=stop, first_key=first_key, pieces=tuple(pieces))
 
 
+# Compiled code would be compiled again for every row, whose documents have other lengths each.
+@torch.compiler.disable
 def attend(
     q: Float[Tensor, "batch heads here width"],
     k: Float[Tensor, "batch kv_heads here width"],

@@ -163,11 +163,19 @@ def _all_chunks(
         _multiply(hidden[part], weight, logits, sizes)
         target = _Target.find(logits, targets[part] - job.first_id)
         peak, mass = _exponentials(logits, job.sums, sizes)
-        partition[part], target_logit = _over_group(mass.log_().add_(peak), target, targets[part], job)
-        losses[part] = partition[part] - target_logit
+        whole = _over_group(peak, mass, target, targets[part], job.group)
+        log_mass = whole.mass.log()
+        # Small differences first: of large logits, the sum of mass and peak would keep few digits.
+        losses[part] = log_mass + (whole.peak - whole.target)
+        partition[part] = log_mass + whole.peak
         if hidden_grad is None and weight_grad is None:
             continue
-        factor = _gradient_rows(logits, peak, partition[part], target, job.z_loss).mul_(weights[part])
+        # 60: where all ids here are so unlikely, their gradients vanish, but a target's does not, and its entry in
+        # the row must not overflow.
+        scale = whole.mass * (whole.peak - peak).clamp_(max=60).exp_()
+        slope = 1 + 2 * job.z_loss * partition[part]
+        _put_targets(logits, peak, scale / slope, target)
+        factor = weights[part] * slope / scale
         scaled = hidden[part].mul(factor[:, None]).to(job.products)
         for rows in _slices(len(weight), sizes.rows):
             columns = logits[:, rows]
@@ -215,40 +223,43 @@ def _exponentials(logits: Tensor, sums: torch.dtype, sizes: _Sizes) -> tuple[Ten
     return peak, mass
 
 
-def _over_group(partition: Tensor, target: _Target, targets: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
-    """Log-partitions over all ids and the targets' logits, from those of the ids that are here."""
-    found = torch.stack(
-        (torch.where(target.here, target.logit, 0).to(partition.dtype), target.here.to(partition.dtype))
-    )
-    if job.group is not None:
-        highest = partition.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=job.group)
-        sums = torch.cat((found, (partition - highest).exp_()[None]))
-        dist.all_reduce(sums, group=job.group)
-        found, partition = sums[:2], sums[2].log_().add_(highest)
-    logit, times = found
-    if logit.is_cpu and not times.all():
-        wrong = int(targets[times == 0][0])
+class _Whole(NamedTuple):
+    """Of each token over all ids: the largest logit, the sum of ``exp(logit - peak)``, and the target's logit."""
+
+    peak: Tensor
+    mass: Tensor
+    target: Tensor
+
+
+def _over_group(
+    peak: Tensor, mass: Tensor, target: _Target, targets: Tensor, group: dist.ProcessGroup | None
+) -> _Whole:
+    """Put together what each process knows of the ids that it has."""
+    known = torch.stack((mass, torch.where(target.here, target.logit, 0), target.here))
+    if group is not None:
+        highest = peak.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        known[0] *= (peak - highest).exp_()
+        dist.all_reduce(known, group=group)
+        peak = highest
+    mass, logit, found = known
+    if found.is_cpu and not found.all():
+        wrong = int(targets[found == 0][0])
         raise EmulusError(f"target {wrong} is not an id of the model; were the data made with another vocabulary?")
-    return partition, torch.where(times > 0, logit, torch.nan)
+    return _Whole(peak, mass, torch.where(found > 0, logit, torch.nan))
 
 
-def _gradient_rows(exps: Tensor, peak: Tensor, partition: Tensor, target: _Target, z_loss: float) -> Tensor:
-    """Turn exponentials into the gradients of the logits but for a factor per row, which is returned.
+def _put_targets(exps: Tensor, peak: Tensor, loss: Tensor, target: _Target) -> None:
+    """Take ``loss`` from each target's exponential.
 
-    The factor is left out since applying it to rows as wide as the model is cheaper than to rows as wide as the
-    vocabulary.
+    Rows become the gradients of their logits but for a factor, which is cheaper to apply to what is as wide as the
+    model than to what is as wide as the vocabulary.
     """
-    # 60: where all ids here are so unlikely, their gradients vanish, but a target's does not, and its entry in
-    # the row must not overflow.
-    scale = (partition - peak).clamp_(max=60).exp_()
-    slope = 1 + 2 * z_loss * partition
-    # In float32: of a likely target little is left, and that must not be the error of rounding 1.
-    wanted = (target.logit - peak).exp_() - scale / slope
     places = (torch.arange(len(exps), device=exps.device), target.column[:, 0])
+    # In float32: of a likely target little is left, and that must not be the error of rounding 1.
+    left = (target.logit - peak).exp_() - loss
     # Not scatter_, which on a CPU copies all of a bfloat16 matrix to float32 and back.
-    exps.index_put_(places, torch.where(target.here, wanted.to(exps.dtype), exps[places]))
-    return slope / scale
+    exps.index_put_(places, torch.where(target.here, left.to(exps.dtype), exps[places]))
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -153,11 +153,12 @@ class Block(nn.Module):
         With ``recompute`` set, the backward pass computes this again instead of keeping what it needs.
         """
         if self.recompute and self.training:
-            out: Tensor = checkpoint(self._add, x, context, use_reentrant=False)
+            out: Tensor = checkpoint(self.add, x, context, use_reentrant=False)
             return out
-        return self._add(x, context)
+        return self.add(x, context)
 
-    def _add(self, x: Tensor, context: Context) -> Tensor:
+    def add(self, x: Float[Tensor, "batch tokens hidden"], context: Context) -> Float[Tensor, "batch tokens hidden"]:
+        """What :meth:`forward` computes, and computes again."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), context))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 

@@ -41,7 +41,8 @@ def spread(model: Decoder, processes: Processes, *, bfloat16: bool = False) -> N
         to_float8(model, skip=("lm_head",))
     if sizes.compile:
         for block in model.model.blocks:
-            block.compile()
+            # Inside of what is computed again, where compiled code may not begin outside of it.
+            block.add = torch.compile(block.add)  # type: ignore[method-assign]
     mesh = _sharding_mesh(processes.weights, sizes)
     if mesh is None:
         return

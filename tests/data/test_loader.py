@@ -1,0 +1,408 @@
+"""Mixtures and loaders: which documents, in which rows, on which process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emulus.data.loader import (
+    CAPTION_FIRST,
+    CAPTION_LAST,
+    NO_WORDS,
+    QUESTION,
+    TEXT,
+    Loader,
+    Planner,
+    Reader,
+    ReadingConfig,
+    StepRows,
+    held_out,
+)
+from emulus.data.mixture import Mixture, Part, parse_part
+from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, shard_name, write_shard
+from emulus.errors import EmulusError
+from emulus.sequence import Batch, Document, Text, caption_first, caption_last, question_answer
+from tests.data.folders import Thing, documents_of, grammar_of_things, make_folder, make_things, to_record
+
+GRAMMAR = grammar_of_things()
+MEDIA = {
+    (split, kind): make_things(kind, count, f"{split}/{kind}")
+    for split, kind, count in [
+        ("train", "image", 60),
+        ("train", "video", 20),
+        ("validation", "image", 12),
+        ("validation", "video", 4),
+    ]
+}
+WORDS = {("train", "text"): make_things("text", 40, "train/text")}
+THINGS = {thing.id: thing for things in [*MEDIA.values(), *WORDS.values()] for thing in things}
+ROW = 320
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("media") / "tokens", MEDIA, shards=3)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("words") / "tokens", WORDS, vision="")
+
+
+@pytest.fixture(scope="module")
+def mixture(media: Path, words: Path) -> Mixture:
+    return Mixture.open([f"{media}:image=0.5", f"{media}:video=0.2", f"{words}=0.3"])
+
+
+def make_loader(mixture: Mixture, reading: ReadingConfig | None = None, **changes: Any) -> Loader:
+    values: dict[str, Any] = {"seed": 3, "row_tokens": ROW, "rows_per_step": 4, "window": 32, "threads": 0, **changes}
+    return Loader(mixture, reading or ReadingConfig(), **values)
+
+
+def equal(left: Batch, right: Batch) -> bool:
+    tensors = ("input_ids", "targets", "loss_weights", "position_ids", "supervised")
+    return left.document_lengths == right.document_lengths and all(
+        torch.equal(getattr(left, name), getattr(right, name)) for name in tensors
+    )
+
+
+def same_steps(left: StepRows, right: StepRows) -> bool:
+    rows = zip(left.rows, right.rows, strict=True)
+    return all(equal(*pair) for pair in rows) and dataclasses.replace(left, rows=[]) == dataclasses.replace(
+        right, rows=[]
+    )
+
+
+def planner_of(mixture: Mixture, seed: int = 3, **reading: float) -> Planner:
+    return Planner(mixture, ReadingConfig(**reading), seed=seed, row_tokens=ROW, window=32)
+
+
+# documents
+
+
+def test_documents_are_what_the_grammar_builds(mixture: Mixture) -> None:
+    documents = planner_of(mixture, question=0.5, null_caption=0.3).documents(np.arange(400))
+    reader = Reader(mixture, 0.5)
+    seen = Counter[int]()
+    for number in range(400):
+        thing = thing_at(mixture, int(documents.source[number]), int(documents.record[number]))
+        task, span = int(documents.task[number]), int(documents.words[number])
+        batch = reader.row(documents, [number])
+        assert batch.input_ids.tolist() == GRAMMAR.build(expected(thing, task, span))
+        assert batch.document_lengths == [documents.lengths[number]]
+        seen[task] += 1
+    assert set(seen) == {TEXT, CAPTION_FIRST, CAPTION_LAST, QUESTION}
+
+
+def thing_at(mixture: Mixture, source: int, record: int) -> Thing:
+    return THINGS[mixture.read(source, [record])[0].id]
+
+
+def expected(thing: Thing, task: int, span: int) -> Document:
+    if thing.media is None:
+        assert (task, span) == (TEXT, 0)
+        return Document((Text(thing.text),))
+    if task == QUESTION:
+        number, odd = divmod(span - len(thing.captions), 2)
+        assert not odd
+        return question_answer(thing.media, *thing.questions[number])
+    caption = "" if span == NO_WORDS else thing.captions[span]
+    return caption_last(thing.media, caption) if task == CAPTION_LAST else caption_first(caption, thing.media)
+
+
+def test_only_the_question_is_not_learned(mixture: Mixture) -> None:
+    documents = planner_of(mixture, question=1).documents(np.arange(60))
+    reader = Reader(mixture, 0.25)
+    for number in np.flatnonzero(documents.task == QUESTION).tolist():
+        batch = reader.row(documents, [number])
+        thing = thing_at(mixture, int(documents.source[number]), int(documents.record[number]))
+        pair = (int(documents.words[number]) - len(thing.captions)) // 2
+        asked = GRAMMAR.text.encode(f"Question: {thing.questions[pair][0]}\nAnswer:")
+        unlearned = batch.targets[batch.loss_weights == 0].tolist()
+        assert unlearned == [*asked, GRAMMAR.vocabulary.pad]
+        assert set(batch.loss_weights.tolist()) == {0, 0.25, 1}
+
+
+def test_draws_come_as_often_as_asked(mixture: Mixture) -> None:
+    reading = ReadingConfig(caption_first=0.7, null_caption=0.2, question=0.4)
+    documents = Planner(mixture, reading, seed=0, row_tokens=ROW, window=32).documents(np.arange(6000))
+    spans = [source.spans for source in mixture.sources]
+    captions, questions = (
+        np.array([getattr(spans[s], name)[r] for s, r in zip(documents.source, documents.record, strict=True)])
+        for name in ("captions", "questions")
+    )
+    assert (documents.task[questions > 0] == QUESTION).mean() == pytest.approx(0.4, abs=0.03)
+    told = (captions > 0) & ((documents.task == CAPTION_FIRST) | (documents.task == CAPTION_LAST))
+    assert (documents.task[told] == CAPTION_FIRST).mean() == pytest.approx(0.7, abs=0.03)
+    drawn = told & (documents.task == CAPTION_FIRST)
+    assert (documents.words[drawn] == NO_WORDS).mean() == pytest.approx(0.2, abs=0.03)
+    # Each of three captions as often as the others.
+    chosen = documents.words[told & (captions == 3) & (documents.words != NO_WORDS)]
+    assert np.allclose(np.bincount(chosen) / len(chosen), 1 / 3, atol=0.05)
+
+
+def test_shares_are_those_asked_for(mixture: Mixture, media: Path, words: Path) -> None:
+    assert [branch.share for branch in mixture.tree()] == pytest.approx([0.5, 0.2, 0.3])
+    source = planner_of(mixture).documents(np.arange(1000)).source
+    assert np.bincount(source).tolist() == [500, 200, 300]
+    by_rows = Mixture.open([str(media), str(words)])
+    assert [(branch.name, branch.rows) for branch in by_rows.tree()] == [(str(media), 80), (str(words), 40)]
+    assert np.bincount(planner_of(by_rows).documents(np.arange(1200)).source).tolist() == [800, 400]
+    assert sum(branch.tokens for branch in by_rows.tree()) == sum(
+        len(to_record(GRAMMAR, thing).ids) for id, thing in THINGS.items() if id.startswith("train")
+    )
+
+
+def test_every_record_comes_once_in_an_epoch_of_its_part(mixture: Mixture) -> None:
+    documents = planner_of(mixture).documents(np.arange(1000))
+    for number, source in enumerate(mixture.sources):
+        records = documents.record[documents.source == number]
+        epochs = [records[start : start + len(source)] for start in range(0, len(records), len(source))]
+        assert all(sorted(epoch.tolist()) == list(range(len(source))) for epoch in epochs[:-1])
+        assert epochs[0].tolist() != epochs[1].tolist()
+
+
+# rows and steps
+
+
+def test_rows_hold_the_windows_documents_once(mixture: Mixture) -> None:
+    planner = planner_of(mixture)
+    for window in range(4):
+        plan = planner.plan(window)
+        assert sorted(number for row in plan.rows for number in row) == list(range(32))
+        assert all(plan.documents.lengths[row].sum() <= ROW for row in plan.rows)
+    assert planner.plan(0).documents.lengths.tolist() == planner.documents(np.arange(32)).lengths.tolist()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_same_steps(mixture: Mixture, world: int) -> None:
+    alone = make_loader(mixture)
+    ranks = [make_loader(mixture, rank=rank, world=world) for rank in range(world)]
+    for step in range(6):
+        whole, parts = alone.step(step), [loader.step(step) for loader in ranks]
+        rows = {number: row for part in parts for number, row in zip(part.numbers, part.rows, strict=True)}
+        assert sorted(rows) == whole.numbers == [0, 1, 2, 3]
+        assert all(equal(whole.rows[number], row) for number, row in rows.items())
+        assert sum(part.documents for part in parts) == whole.documents
+        assert sum((Counter(part.sources) for part in parts), Counter()) == Counter(whole.sources)
+        assert sum(whole.sources.values()) == sum(len(row.input_ids) for row in whole.rows)
+
+
+def test_steps_do_not_depend_on_what_was_read_before(mixture: Mixture) -> None:
+    in_order = [make_loader(mixture).step(step) for step in range(12)]
+    loader = make_loader(mixture)
+    for step in np.random.default_rng(0).permutation(12).tolist():
+        assert same_steps(loader.step(step), in_order[step])
+    ahead = make_loader(mixture, threads=2)
+    for step in [0, 1, 2, 3, 9, 10, 11, 4, 5, 5, 6]:
+        assert same_steps(ahead.step(step), in_order[step])
+    ahead.close()
+
+
+@given(st.integers(0, 12), st.integers(0, 5), st.integers(2, 60), st.sampled_from([1, 2, 6]))
+@settings(max_examples=15, deadline=None)
+def test_a_resumed_loader_goes_on_as_if_never_stopped(
+    mixture: Mixture, step: int, seed: int, window: int, world: int
+) -> None:
+    whole = make_loader(mixture, seed=seed, window=window, rows_per_step=6)
+    state = json.loads(json.dumps(whole.state(step)))
+    resumed = make_loader(mixture, seed=seed, window=window, rows_per_step=6, world=world, state=state)
+    planned = Counter[int]()
+    plan = resumed._planner._make
+    resumed._planner._make = lambda number: (planned.update([number]), plan(number))[1]  # type: ignore[method-assign]
+    for number in range(step, step + 3):
+        expected, found = whole.step(number), resumed.step(number)
+        assert all(equal(expected.rows[n], row) for n, row in zip(found.numbers, found.rows, strict=True))
+        assert resumed.state(number) == whole.state(number)
+    assert min(planned) == state["window"]
+    if step:
+        assert equal(resumed.step(0).rows[0], whole.step(0).rows[0])
+
+
+def test_seeds_give_other_steps(mixture: Mixture) -> None:
+    ids = {make_loader(mixture, seed=seed).step(0).rows[0].input_ids.numpy().tobytes() for seed in range(5)}
+    assert len(ids) == 5
+
+
+# held-out data
+
+
+def test_held_out_documents_are_always_the_same(mixture: Mixture) -> None:
+    rows = held_out(mixture, 10, ReadingConfig(), ROW)
+    assert all(equal(*pair) for pair in zip(rows, held_out(mixture, 10, ReadingConfig(), ROW), strict=True))
+    found = [ids.tolist() for row in rows for ids in row.input_ids.split(row.document_lengths)]
+    things = [thing for (split, _), chosen in MEDIA.items() if split == "validation" for thing in chosen]
+    begins = {tuple(GRAMMAR.build(caption_first(t.captions[0], t.media))) for t in things if t.captions and t.media}
+    ends = {tuple(GRAMMAR.build(caption_last(t.media, t.captions[0]))) for t in things if t.captions and t.media}
+    # Seven pictures and three clips, as their weights are 0.5 and 0.2, in turn.
+    assert len({tuple(ids) for ids in found}) == 10
+    assert sum(tuple(ids) in begins for ids in found) == 4
+    assert sum(tuple(ids) in ends for ids in found) == 6
+
+
+def test_held_out_pictures_have_captions(mixture: Mixture, words: Path) -> None:
+    found = mixture.pictures("validation", 5)
+    assert len(found) == 5
+    for item in found:
+        assert (item.captions, item.media) == (THINGS[item.id].captions, THINGS[item.id].media)
+        assert item.captions
+        assert item.id.startswith("validation/image")
+    assert held_out(Mixture.open([str(words)]), 10, ReadingConfig(), ROW) == []
+    assert Mixture.open([str(words)]).pictures("validation", 5) == []
+
+
+# what is refused
+
+
+def test_parts_are_read() -> None:
+    assert parse_part("runs/tokens") == Part(folder=Path("runs/tokens"))
+    assert parse_part("runs/tokens:image=0.7") == Part(folder=Path("runs/tokens"), kind="image", weight=0.7)
+    assert parse_part("/a=b/c:d/e:text=2") == Part(folder=Path("/a=b/c:d/e"), kind="text", weight=2)
+    assert parse_part("a:video").name == "a:video"
+    assert parse_part("a:all=1").name == "a"
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([], "nothing to read"),
+        (["{media}:picture"], "no records of kind 'picture'"),
+        (["{media}=-1"], "must be 0 or more"),
+        (["{media}=nan"], "must be 0 or more"),
+        (["{media}=inf"], "must be 0 or more"),
+        (["{media}=much"], "'much' is no number"),
+        (["=1"], "names no folder"),
+        (["{media}=0", "{words}=0"], "sum to zero"),
+        (["{media}=1", "{words}"], "give all of them one, or none"),
+        (["{media}", "{media}:all"], "named twice"),
+        (["{words}:image"], "has no records to train on"),
+        (["{words}/nowhere"], "holds no tokens"),
+    ],
+)
+def test_mixtures_that_make_no_sense_are_refused(media: Path, words: Path, parts: list[str], says: str) -> None:
+    with pytest.raises(EmulusError, match=says):
+        Mixture.open([part.format(media=media, words=words) for part in parts])
+
+
+def test_a_part_of_weight_zero_is_not_read(media: Path, words: Path) -> None:
+    mixture = Mixture.open([f"{media}=0", f"{words}=2"])
+    assert [(branch.name, branch.share) for branch in mixture.tree()] == [(str(words), 1)]
+    assert mixture.folder == media
+
+
+def test_folders_of_other_tokenizers_are_refused(media: Path, words: Path, tmp_path: Path) -> None:
+    things = {("train", "text"): make_things("text", 3, "x")}
+    other = make_folder(tmp_path / "other", things, seed=1)
+    with pytest.raises(EmulusError, match=f"{other} has another vocabulary than {media}"):
+        Mixture.open([str(media), str(other)])
+    blind = make_folder(tmp_path / "blind", things, vision="other eyes")
+    with pytest.raises(EmulusError, match=f"{blind} was made by another vision tokenizer than {media}"):
+        Mixture.open([str(words), str(media), str(blind)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"row_tokens": 40}, "makes a document of .* ids but a row holds 40: raise --row-tokens"),
+        ({"world": 3}, "4 rows per step cannot be shared by 3 processes"),
+        ({"world": 2, "rank": 2}, "cannot be shared"),
+        ({"rows_per_step": 0}, "rows_per_step must be at least 1"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"state": {"step": 1, "window": 0}}, "no state of a loader"),
+        ({"state": {"step": 1, "window": 0, "row": "2"}}, "no state of a loader"),
+    ],
+)
+def test_loaders_that_cannot_be_are_refused(mixture: Mixture, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(EmulusError, match=says):
+        make_loader(mixture, **changes)
+
+
+def test_the_longest_document_is_found(mixture: Mixture, words: Path) -> None:
+    training = [thing for id, thing in THINGS.items() if id.startswith("train")]
+    length = {thing.id: max(len(GRAMMAR.build(document)) for document in documents_of(thing)) for thing in training}
+    longest = mixture.longest()
+    assert longest.tokens == max(length.values())
+    assert length[longest.name.split(" of ")[0]] == longest.tokens
+    with pytest.raises(EmulusError, match="there are no records of the split validation"):
+        make_loader(Mixture.open([str(words)], "validation"))
+    with pytest.raises(EmulusError, match="which is held out, makes a document"):
+        held_out(mixture, 10, ReadingConfig(), 20)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_shares_of_documents_are_shares(share: float) -> None:
+    for name in ("caption_first", "null_caption", "question"):
+        with pytest.raises(EmulusError, match=name):
+            ReadingConfig(**{name: share})
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "tokens", {("train", "image"): make_things("image", 8, "train/image")}, shards=1)
+
+
+def test_a_shard_that_is_not_the_manifests_is_refused(broken: Path) -> None:
+    shard = broken / shard_name("train", "image", 0)
+    whole = shard.read_bytes()
+    for content in (whole[:-1], b"", whole + b"x"):
+        shard.write_bytes(content)
+        with pytest.raises(EmulusError, match="missing or cut off"):
+            Mixture.open([str(broken)])
+    shard.unlink()
+    with pytest.raises(EmulusError, match="missing or cut off"):
+        Mixture.open([str(broken)])
+    shard.write_bytes(whole[:100] + b"x" * (len(whole) - 100))
+    with pytest.raises(EmulusError, match="damaged"):
+        make_loader(Mixture.open([str(broken)])).step(0)
+
+
+def rewrite(folder: Path, kind: str, things: list[Thing], keep_lengths: bool) -> None:
+    """Put another shard in the place of the first, with a line of its own."""
+    shard = folder / shard_name("train", "image", 0)
+    lengths = lengths_path(shard).read_bytes()
+    figures = write_shard(shard, [to_record(GRAMMAR, thing) for thing in things])
+    size, tokens = figures.bytes, figures.tokens
+    if keep_lengths:
+        size += len(lengths) - lengths_path(shard).stat().st_size
+        lengths_path(shard).write_bytes(lengths)
+        tokens = json.loads((folder / MANIFEST).read_text().splitlines()[0])["tokens"]
+    line = ShardLine(name=shard.name, sha256=figures.sha256, bytes=size, rows=figures.rows, tokens=tokens)
+    add_to_manifest(folder, line)
+
+
+def test_foreign_shards_are_refused(broken: Path) -> None:
+    other = make_things("image", 8, "other")
+    rewrite(broken, "image", other, keep_lengths=True)
+    loader = make_loader(Mixture.open([str(broken)]), rows_per_step=4)
+    with pytest.raises(EmulusError, match="do not belong together"):
+        loader.step(0)
+    rewrite(broken, "text", make_things("text", 8, "words"), keep_lengths=False)
+    with pytest.raises(EmulusError, match="not of the kind image"):
+        Mixture.open([str(broken)])
+    rewrite(broken, "image", other[:5], keep_lengths=False)
+    line = json.loads((broken / MANIFEST).read_text().splitlines()[-1])
+    (broken / MANIFEST).write_text(json.dumps({**line, "rows": 6}) + "\n")
+    with pytest.raises(EmulusError, match="not those of the manifest"):
+        Mixture.open([str(broken)])
+
+
+def test_ids_outside_the_vocabulary_are_refused(broken: Path) -> None:
+    values = json.loads((broken / "vocabulary.json").read_text())
+    (broken / "vocabulary.json").write_text(json.dumps({**values, "visual_size": 3}))
+    with pytest.raises(EmulusError, match="but the vocabulary has"):
+        make_loader(Mixture.open([str(broken)])).step(0)
+
+
+def test_the_digest_tells_data_apart(media: Path, words: Path) -> None:
+    digests = [Mixture.open(parts).digest() for parts in ([str(media)], [str(words)], [f"{media}:image"])]
+    assert len(set(digests)) == 3
+    assert Mixture.open([f"{media}:all=3"]).digest() == digests[0]
