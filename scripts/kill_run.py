@@ -30,7 +30,6 @@ import torch
 
 from emulus.data.tokenize import TokenizeConfig, tokenize
 from emulus.errors import EmulusError
-from emulus.files import write_json
 from emulus.parallel.config import ParallelConfig
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.weights import save_vision_tokenizer
@@ -123,6 +122,18 @@ def run_rank(config: PretrainConfig, rank: int, port: int) -> None:
         sys.exit(error.status)
 
 
+def timed(config: PretrainConfig) -> float:
+    """Train undisturbed; how many seconds that took.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    begun = time.monotonic()
+    if any(statuses := finish(start(config))):
+        sys.exit(f"ended with {statuses} though nobody killed it; see {config.out}")
+    return time.monotonic() - begun
+
+
 def finish(processes: Sequence[ForkServerProcess], seconds: float | None = None) -> list[int]:
     """Wait for them; their exit statuses.
 
@@ -189,20 +200,14 @@ def disturb(config: PretrainConfig, draw: random.Random, span: tuple[float, floa
 def kill_run(folder: Path, kills: int, seed: int, steps: int) -> bool:
     """Do it; whether all runs ended with the same bits as the one that was left alone."""
     config = prepare(folder, steps)
-    begun = time.monotonic()
-    first = finish(
-        start(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1), out=folder / "warm"))
-    )
-    starting = time.monotonic() - begun
-    begun = time.monotonic()
-    statuses = finish(start(config))
-    taken = time.monotonic() - begun
-    if any([*first, *statuses]):
-        sys.exit(f"the undisturbed run ended with {statuses}; see {config.out}")
-    print(f"undisturbed: {steps} steps in {taken:.1f} s, of which starting takes about {starting:.1f} s")
+    warm = dataclasses.replace(config, out=folder / "warm", train=dataclasses.replace(config.train, steps=1))
+    # The second start finds everything loaded, and nothing left to do.
+    timed(warm)
+    starting, taken = timed(warm), timed(config)
+    print(f"undisturbed: {steps} steps in {taken:.1f} s, of which starting takes about {starting:.1f} s", flush=True)
     draw = random.Random(seed)
-    # Long enough for a few steps and saves, and short enough to be killed while starting now and then.
-    span = (0.3 * starting, starting + 0.2 * max(taken - starting, 1.0))
+    # Some are killed while they start, most in their first steps and saves.
+    span = (0.5 * starting, starting + 0.3 * max(taken - starting, 1.0))
     counts, runs = 0, 0
     same = True
     while counts < kills:
@@ -214,8 +219,7 @@ def kill_run(folder: Path, kills: int, seed: int, steps: int) -> bool:
                 break
             counts += 1
             print(f"kill {counts}: {seen}", flush=True)
-        if any(finish(start(disturbed))):
-            sys.exit(f"the run could not be finished; see {disturbed.out}")
+        timed(disturbed)
         wrong = differences(disturbed.out, config.out)
         same &= not wrong
         print(f"run {runs} finished: {'DIFFERENT: ' + ', '.join(wrong) if wrong else 'the same bits'}", flush=True)

@@ -106,7 +106,7 @@ def test_sizes() -> None:
 
 
 def test_both_have_the_same_weights(model: Subject) -> None:
-    theirs = reference.in_transformers(model).state_dict()
+    theirs = reference.in_transformers(model.decoder, model.grammar.vocabulary).state_dict()
     ours = model.decoder.state_dict()
     assert {name: value.data_ptr() for name, value in theirs.items()} == {
         name: value.data_ptr() for name, value in ours.items()
@@ -130,7 +130,7 @@ def test_the_released_constraint_is_the_grammar(model: Subject, h: int, w: int) 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4", "fp8"])
 def test_other_weights_are_found(model: Subject, another: Decoder, slightly_off: Decoder, kind: str) -> None:
-    theirs = reference.in_transformers(model)
+    theirs = reference.in_transformers(model.decoder, model.grammar.vocabulary)
     asked, cells = model.request(ROWS, COLUMNS), model.cells(ROWS, COLUMNS)
     right = reference.variant(model.decoder, kind)
     found = reference.check_logits(right, kind, theirs, asked, cells, model.visual)
@@ -141,7 +141,7 @@ def test_other_weights_are_found(model: Subject, another: Decoder, slightly_off:
 
 
 def test_other_ids_are_found(model: Subject, another: Decoder) -> None:
-    theirs = reference.in_transformers(model)
+    theirs = reference.in_transformers(model.decoder, model.grammar.vocabulary)
     right, wrong = (Engine(decoder, model.grammar) for decoder in (model.decoder, another))
     decode.check_greedy(right, model, theirs, ROWS, COLUMNS)
     with pytest.raises(Unequal, match="ids are transformers'"):
@@ -161,7 +161,7 @@ def test_a_broken_picture_is_found(model: Subject) -> None:
 
 
 def test_transformers_draws_whole_pictures(model: Subject) -> None:
-    theirs, request = reference.in_transformers(model), model.request(ROWS, COLUMNS)
+    theirs, request = reference.in_transformers(model.decoder, model.grammar.vocabulary), model.request(ROWS, COLUMNS)
     grammar: Grammar = model.grammar
     ids = reference.draw(theirs, request, grammar.vocabulary, ROWS, COLUMNS)
     assert grammar.parse([*request.prompt_ids, *ids]).complete

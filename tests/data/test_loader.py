@@ -362,7 +362,17 @@ def test_a_shard_that_is_not_the_manifests_is_refused(broken: Path) -> None:
         Mixture.open([str(broken)])
     shard.write_bytes(whole[:100] + b"x" * (len(whole) - 100))
     with pytest.raises(EmulusError, match="damaged"):
-        make_loader(Mixture.open([str(broken)])).step(0)
+        Mixture.open([str(broken)]).longest()
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_damaged_record_is_named(broken: Path, threads: int) -> None:
+    shard = broken / shard_name("train", "image", 0)
+    loader = make_loader(Mixture.open([str(broken)]), threads=threads)
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    loader.mixture._open.clear()
+    with pytest.raises(EmulusError, match=f"{shard} is cut off, damaged or no ArrayRecord file; delete it"):
+        loader.step(0)
 
 
 def rewrite(folder: Path, kind: str, things: list[Thing], keep_lengths: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,7 +27,7 @@ from emulus.data.records import MANIFEST, Record, Shard, read_manifest
 from emulus.data.source import Item, Kind, open_source
 from emulus.data.tokenize import TokenizeConfig, plan, tokenize
 from emulus.data.tokens import Tokens
-from emulus.data.workers import finished
+from emulus.data.workers import finished, serve
 from emulus.errors import EmulusError
 from emulus.media import smart_resize
 from emulus.pipeline import Emulus
@@ -228,7 +230,9 @@ def test_the_vocabulary_of_published_models(
 ) -> None:
     """In any layout; where the vision tokenizer is a model of its own, it is found too."""
     monkeypatch.chdir(tmp_path)
-    out = tokenize(TokenizeConfig(sources=(shapes,), vocabulary=layout, out=tmp_path / "out", size=32, splits=("test",)))
+    out = tokenize(
+        TokenizeConfig(sources=(shapes,), vocabulary=layout, out=tmp_path / "out", size=32, splits=("test",))
+    )
     tokens = Tokens.open(out)
     assert tokens.vocabulary == load_bundle(layout, vision=published / "Emu3-VisionTokenizer").vocabulary
     assert tokens.vocabulary.visual_size == 32768
@@ -295,55 +299,52 @@ def test_only_what_is_missing_is_made(config: TokenizeConfig, tmp_path: Path) ->
     Tokens.open(torn.out).check()
 
 
-def test_killed_at_any_moment(config: TokenizeConfig, tmp_path: Path) -> None:
-    """SIGKILL of the real command, twice: no more than the shard that was being made is made again."""
+def test_killed_and_resumed(config: TokenizeConfig, tmp_path: Path) -> None:
+    """SIGKILL of the real command: what is finished stays, and at most the shard that was being made is made again."""
     mine = dataclasses.replace(config, out=tmp_path / "killed")
     write_yaml(tmp_path / "config.yaml", mine)
-    for wanted in (2, 9):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "emulus", "tokenize", str(mine.sources[0]), "--config", str(tmp_path / "config.yaml")],
-            stderr=subprocess.PIPE,
-        )
-        while process.poll() is None and len(read_manifest(mine.out)) < wanted:
-            time.sleep(0.0005)
-        process.kill()
-        assert process.wait() == -9, process.stderr and process.stderr.read().decode()
-        done = {line.name for line in read_manifest(mine.out)}
-        assert wanted <= len(done) < 26
-        assert not (mine.out / "tokens.json").exists()
-        assert len({path.name for path in mine.out.glob("[a-z]*.arrayrecord")} - done) <= 1
-    kept = {name: (mine.out / name).stat().st_mtime_ns for name in done}
+    arguments = ["tokenize", str(mine.sources[0]), "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen([sys.executable, "-m", "emulus", *arguments], stderr=subprocess.PIPE)
+    while process.poll() is None and len(read_manifest(mine.out)) < 5:
+        time.sleep(0.0005)
+    process.kill()
+    _, told = process.communicate()
+    assert process.returncode == -9, told.decode()
+    kept = {line.name: (mine.out / line.name).stat().st_mtime_ns for line in read_manifest(mine.out)}
+    assert 5 <= len(kept) < 26
+    assert not (mine.out / "tokens.json").exists()
+    assert len({path.name for path in mine.out.glob("[a-z]*.arrayrecord")} - kept.keys()) <= 1
     tokenize(mine)
-    assert {name: (mine.out / name).stat().st_mtime_ns for name in done} == kept
-    assert files(mine.out) | {} == files(config.out)
-
-
-@pytest.mark.parametrize("changes", [{"workers": 2}, {"engine": "daft", "workers": 2}], ids=["processes", "daft"])
-def test_whoever_works_makes_the_same(config: TokenizeConfig, tmp_path: Path, changes: dict[str, object]) -> None:
-    if "engine" in changes:
-        pytest.importorskip("daft")
-    mine = dataclasses.replace(config, out=tmp_path / "mine", **changes)
-    tokenize(mine)
+    assert {name: (mine.out / name).stat().st_mtime_ns for name in kept} == kept
     assert files(mine.out) == files(config.out)
 
 
-def test_a_worker_that_dies_is_noticed(config: TokenizeConfig) -> None:
-    mine = dataclasses.replace(config, workers=2)
-    lines = finished(mine, plan(mine, open_source(config.sources[0])) * 20)
-    next(lines)
+def test_two_processes_make_the_same(config: TokenizeConfig, tmp_path: Path) -> None:
+    """And one that dies is noticed."""
+    mine = dataclasses.replace(config, out=tmp_path / "mine", workers=2)
+    shutil.copytree(config.out, mine.out, ignore=shutil.ignore_patterns("*.arrayrecord", "*.safetensors", MANIFEST))
+    shutil.copy(config.out / "vision/model.safetensors", mine.out / "vision")
+    units = plan(mine, open_source(config.sources[0]))
+    lines = finished(mine, units * 9)
+    found = {line.name: line for line in itertools.islice(lines, len(units) + 2)}
+    assert found == {line.name: line for line in read_manifest(config.out)}
     for process in multiprocessing.active_children():
         process.kill()
     with pytest.raises(EmulusError, match="a worker process died"):
         list(lines)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_source_that_vanishes(model: Path, tmp_path: Path, workers: int) -> None:
-    members = {f"{n}.{suffix}": png(16, 16, n) if suffix == "png" else b"a" for n in range(9) for suffix in ("png", "txt")}
-    tar = in_tar(tmp_path / "t.tar", members)
-    config = TokenizeConfig(
-        sources=(tar,), vocabulary=str(model), out=tmp_path / "out", size=16, shard_items=2, workers=workers
-    )
+def test_daft_makes_the_same(config: TokenizeConfig, tmp_path: Path) -> None:
+    pytest.importorskip("daft")
+    mine = dataclasses.replace(config, out=tmp_path / "mine", engine="daft")
+    tokenize(mine)
+    assert files(mine.out) == files(config.out)
+
+
+def test_a_source_that_vanishes(model: Path, tmp_path: Path) -> None:
+    names = [f"{number}.{suffix}" for number in range(9) for suffix in ("png", "txt")]
+    tar = in_tar(tmp_path / "t.tar", {name: png(16, 16) if name.endswith("png") else b"a" for name in names})
+    config = TokenizeConfig(sources=(tar,), vocabulary=str(model), out=tmp_path / "out", size=16, shard_items=2)
     tokenize(config)
     units = plan(config, open_source(tar))
     tar.unlink()
@@ -352,6 +353,13 @@ def test_a_source_that_vanishes(model: Path, tmp_path: Path, workers: int) -> No
     assert "\n" not in str(caught.value)
     with pytest.raises(EmulusError, match=r"t\.tar does not exist"):
         tokenize(config)
+    # What a worker process tells its parent.
+    here, there = multiprocessing.Pipe()
+    here.send(units[0])
+    threads = torch.get_num_threads()
+    serve(there, config, "cpu")
+    torch.set_num_threads(threads)
+    assert here.recv() == str(caught.value)
 
 
 def test_items_that_cannot_be_read_are_listed(

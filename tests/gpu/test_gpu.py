@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import emulus
-from emulus.data.tokens import TokenizeConfig, tokenize
+from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.parallel.config import ParallelConfig
 from emulus.pipeline import Emulus
 from emulus.tokenizer.vision import VisionTokenizerConfig
 from emulus.train.config import TrainConfig
@@ -59,11 +60,27 @@ def test_both_trainings(tiny: Emulus, shapes: Path, tmp_path: Path) -> None:
     train_tokenizer(dataclasses.replace(vision, train=dataclasses.replace(quick, steps=3)))
     train_tokenizer(vision)
     tokens = tokenize(
-        TokenizeConfig(data=shapes, vision=vision.out, out=tmp_path / "tokens", size=16, text_size=300, device="cuda")
+        TokenizeConfig(
+            sources=(shapes,), vision=vision.out, out=tmp_path / "tokens", size=16, text_size=300, device="cuda"
+        )
     )
-    run = PretrainConfig(
-        tokens=tokens, out=tmp_path / "run", context=128, row_tokens=256, train=quick, defaults=tiny.defaults
-    )
-    pretrain(run)
-    losses = [line["loss"] for line in read_metrics(run.out) if line["kind"] == "train"]
-    assert losses[-1] < losses[0]
+    last = {}
+    for name, parallel in {
+        "plain": ParallelConfig(),
+        "recomputing": ParallelConfig(recompute=True),
+        "compiled": ParallelConfig(compile=True, recompute=True),
+    }.items():
+        run = PretrainConfig(
+            tokens=(str(tokens),),
+            out=tmp_path / name,
+            context=128,
+            dropout=0.0,
+            row_tokens=256,
+            train=dataclasses.replace(quick, parallel=parallel),
+            defaults=tiny.defaults,
+        )
+        pretrain(run)
+        losses = [line["loss"] for line in read_metrics(run.out) if line["kind"] == "train"]
+        assert losses[-1] < losses[0]
+        last[name] = losses[-1]
+    assert list(last.values()) == pytest.approx([last["plain"]] * 3, rel=1e-2)

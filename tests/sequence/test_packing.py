@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from emulus.errors import EmulusError
 from emulus.sequence import Grammar, Image, caption_first, collate, pack, question_answer
+from emulus.sequence.packing import join, pad
 from emulus.sequence.templates import answer
 
 
@@ -44,6 +46,7 @@ def test_targets_stay_inside_their_document(grammar: Grammar) -> None:
     assert batch.loss_weights.tolist() == [1, 0.25, 1, 0, 0, 0.25, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 0, 1]
     assert batch.document_lengths == [4, 1, 2]
+    assert batch.supervised.tolist() == [0, 1, 2, 5]
     assert batch.targets.dtype == torch.int64
     assert batch.loss_weights.dtype == torch.float32
 
@@ -66,6 +69,44 @@ def test_only_the_answer_is_learned(grammar: Grammar) -> None:
     learned = batch.targets[len(other) :][batch.loss_weights[len(other) :] > 0]
     assert learned.tolist() == ids[prompt:]
     assert torch.equal(batch.loss_weights[: len(other)], collate([other], grammar.vocabulary).loss_weights)
+
+
+def test_visual_ids_of_no_weight_are_not_supervised(grammar: Grammar) -> None:
+    visual = grammar.vocabulary.visual_start
+    batch = collate([[1, visual, 2, 3]], grammar.vocabulary, visual_weight=0)
+    assert batch.loss_weights.tolist() == [0, 1, 1, 0]
+    assert batch.supervised.tolist() == [1, 2]
+
+
+@given(st.lists(st.lists(st.integers(0, 370), min_size=1, max_size=9), min_size=1, max_size=6), st.data())
+def test_joining_is_collating(grammar: Grammar, documents: list[list[int]], data: st.DataObject) -> None:
+    ids = np.concatenate([np.array(document) for document in documents])
+    lengths = [len(document) for document in documents]
+    prompt = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
+    masks = [mask.tolist() for mask in np.split(prompt, np.cumsum(lengths)[:-1])]
+    left = join(ids, lengths, grammar.vocabulary, visual_weight=0.3, prompt=prompt)
+    right = collate(documents, grammar.vocabulary, visual_weight=0.3, prompt_masks=masks)
+    for name in ("input_ids", "targets", "loss_weights", "position_ids", "supervised"):
+        assert torch.equal(getattr(left, name), getattr(right, name))
+    assert left.supervised.tolist() == left.loss_weights.nonzero()[:, 0].tolist()
+    assert left.document_lengths == right.document_lengths == lengths
+
+
+def test_padding_is_a_document_of_its_own(grammar: Grammar) -> None:
+    v = grammar.vocabulary
+    batch = collate([[1, 2, 3], [4, 5]], v)
+    padded = pad(batch, 9, v)
+    assert padded.document_lengths == [3, 2, 4]
+    assert padded.input_ids.tolist() == [1, 2, 3, 4, 5] + 4 * [v.pad]
+    assert padded.targets.tolist()[5:] == 4 * [v.pad]
+    assert padded.loss_weights.tolist() == [1, 1, 0, 1, 0, 0, 0, 0, 0]
+    assert padded.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert padded.supervised.tolist() == batch.supervised.tolist()
+    for name in ("input_ids", "targets", "loss_weights", "position_ids", "supervised"):
+        assert getattr(padded, name).dtype == getattr(batch, name).dtype
+    assert pad(batch, 5, v) is batch
+    with pytest.raises(EmulusError, match="a row of 5 ids cannot be padded to 4"):
+        pad(batch, 4, v)
 
 
 def test_batches_move_between_devices(grammar: Grammar) -> None:

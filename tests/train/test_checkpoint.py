@@ -395,11 +395,11 @@ def test_a_folder_that_is_not_shared_is_found_out(tmp_path: Path) -> None:
     assert not list((tmp_path / "0/run").iterdir())
 
 
-def limited(folder: Path, background: bool) -> tuple[str, str]:
-    """The second process may write files of a kilobyte, which is how a full disk looks from there."""
-    if dist.get_rank() == 1:
+def limited(folder: Path, rank: int, most: int, background: bool) -> tuple[str, str]:
+    """One process may only write small files, which is how a full disk looks from there."""
+    if dist.get_rank() == rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     checkpoints = Checkpoints(folder, keep=1, background=background)
     tensors = {"model.a": torch.zeros(512), "model.b": torch.zeros(512)}
 
@@ -416,11 +416,15 @@ def limited(folder: Path, background: bool) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_disk_that_is_full_for_one_process_stops_all(background: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rank", "most"), [(0, 1024), (0, 3072), (1, 1024)], ids=["its part", "the model", "the other"]
+)
+def test_a_disk_that_is_full_for_one_process_stops_all(rank: int, most: int, background: bool, tmp_path: Path) -> None:
     save(tmp_path, 1)
-    first, second = run_ranks(2, limited, tmp_path, background)
+    first, second = run_ranks(2, limited, tmp_path, rank, most, background)
     assert first == second
     assert "could not write" in first[0]
+    assert "File too large" in first[0]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 

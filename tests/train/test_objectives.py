@@ -16,14 +16,16 @@ import torch
 
 import emulus
 from emulus.config import write_yaml
-from emulus.data.tokens import TokenizeConfig, tokenize
+from emulus.data.tokenize import TokenizeConfig, tokenize
 from emulus.errors import EmulusError
 from emulus.pipeline import Emulus
 from emulus.recipes import recipe
+from emulus.sequence import collate, modalities
+from emulus.sequence.packing import pad
 from emulus.tokenizer.vision import VisionTokenizerConfig
 from emulus.train.config import TrainConfig
 from emulus.train.metrics import read_metrics
-from emulus.train.pretrain import PretrainConfig, PretrainObjective, pretrain, token_losses
+from emulus.train.pretrain import PretrainConfig, PretrainObjective, pretrain
 from emulus.train.tokenizer import TokenizerObjective, TokenizerTrainConfig, train_tokenizer
 
 QUICK = TrainConfig(
@@ -50,15 +52,16 @@ def decoder_config(tiny: Emulus, shapes: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("decoder")
     tiny.save(folder / "model")
     tokens = TokenizeConfig(
-        data=shapes, vision=folder / "model", out=folder / "tokens", size=16, views=1, text_size=300
+        sources=(shapes,), vision=folder / "model", out=folder / "tokens", size=16, views=1, text_size=300
     )
     tokenize(tokens)
     return PretrainConfig(
-        tokens=tokens.out,
+        tokens=(str(tokens.out),),
         out=folder / "run",
         context=128,
         row_tokens=256,
-        documents_per_step=8,
+        rows_per_step=2,
+        window=64,
         train=QUICK,
         defaults=tiny.defaults,
     )
@@ -166,44 +169,59 @@ def test_a_decoder_learns(decoder_config: PretrainConfig) -> None:
     assert PIL.Image.open(decoder_config.out / "evaluations/drawn-00000006.png").size == (4 * 16, 2 * 16)
 
 
-def test_every_item_once_an_epoch_in_both_orders(decoder_config: PretrainConfig) -> None:
-    objective = PretrainObjective(dataclasses.replace(decoder_config, caption_first=0.5, null_caption=0.0))
-    grammar = objective.grammar
-    documents = []
-    for step in range(len(objective.items) // 8):
-        for row in objective.batches(step):
-            for ids in torch.split(row.documents.input_ids, row.documents.document_lengths):
-                documents.append(grammar.parse(ids).document)
-    kinds = [type(document.segments[0]).__name__ == "Text" for document in documents]
-    assert 0.2 < sum(kinds) / len(kinds) < 0.8
-    media = sorted(
-        segment.codes.numpy().tobytes() for d in documents for segment in d.segments if hasattr(segment, "codes")
-    )
-    assert media == sorted(item.media.codes.numpy().tobytes() for item in objective.items)
-    assert [r.documents.input_ids.tolist() for r in objective.batches(3)] == [
-        r.documents.input_ids.tolist() for r in objective.batches(3)
-    ]
-
-
-def test_a_steps_rows_add_up(decoder_config: PretrainConfig) -> None:
-    """The loss of a step does not depend on how its documents were packed."""
-    totals = []
-    for row_tokens in (128, 2048):
-        objective = PretrainObjective(dataclasses.replace(decoder_config, row_tokens=row_tokens))
-        objective.model.eval()
-        rows = objective.batches(0)
-        totals.append((len(rows), sum(objective.loss(row).total.item() for row in rows)))
-    assert totals[0][0] > totals[1][0] == 1
-    assert totals[0][1] == pytest.approx(totals[1][1], rel=1e-5)
+def test_a_steps_loss_does_not_depend_on_its_rows(decoder_config: PretrainConfig) -> None:
+    """The same documents in one long row and in many short ones weigh the same."""
+    objective = PretrainObjective(decoder_config)
+    objective.model.eval()
+    rows = objective.batches(0)
+    weight = sum(objective.weight(row) for row in rows)
+    apart = sum(objective.loss(row, weight).total.item() for row in rows)
+    ids = [ids for row in rows for ids in row.input_ids.split(row.document_lengths)]
+    together = collate(ids, objective.vocabulary, visual_weight=decoder_config.reading.visual_weight)
+    assert objective.loss(together, weight).total.item() == pytest.approx(apart, rel=1e-5)
 
 
 def test_losses_are_those_of_the_whole_table(decoder_config: PretrainConfig) -> None:
     objective = PretrainObjective(decoder_config)
     objective.model.eval()
-    batch = objective.batches(0)[0].documents
+    batch = objective.batches(0)[0]
     logits = objective.model(batch.input_ids[None], document_lengths=batch.document_lengths)[0]
-    whole = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none") * (batch.loss_weights > 0)
-    torch.testing.assert_close(token_losses(objective.model, batch), whole)
+    whole = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none") * batch.loss_weights
+    found = objective.loss(batch, 1.0)
+    torch.testing.assert_close(found.total, whole.sum())
+    assert found.items == len(batch.input_ids)
+    masks = modalities(batch.targets.numpy(), objective.vocabulary)
+    for name, (total, count) in found.figures.items():
+        chosen = torch.from_numpy(masks[name]) & (batch.loss_weights > 0)
+        assert count == chosen.sum()
+        torch.testing.assert_close(total, (whole / batch.loss_weights.clamp(min=1e-9))[chosen].sum())
+
+
+def test_padded_rows_have_the_same_loss(decoder_config: PretrainConfig) -> None:
+    objective = PretrainObjective(decoder_config)
+    objective.model.eval()
+    batch = objective.batches(0)[0]
+    padded = objective.loss(pad(batch, 300, objective.vocabulary), 1.0)
+    torch.testing.assert_close(padded.total, objective.loss(batch, 1.0).total)
+
+
+def test_another_models_weights_to_start_from(decoder_config: PretrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(decoder_config, out=tmp_path / "first", train=dataclasses.replace(QUICK, steps=2))
+    model = pretrain(config)
+    objective = PretrainObjective(dataclasses.replace(config, init=str(model)))
+    for name, weight in emulus.load(model, device="cpu").decoder.state_dict().items():
+        assert torch.equal(weight, objective.model.state_dict()[name])
+    with pytest.raises(EmulusError, match=r"shape|lacks|not this"):
+        PretrainObjective(dataclasses.replace(config, init=str(model), size="emoji-3m"))
+
+
+def test_optimisers_and_extras(decoder_config: PretrainConfig, tmp_path: Path) -> None:
+    loop = dataclasses.replace(QUICK, steps=4, optimizer="muon", skip_norm=10.0, keep_every=2, save_every=1, keep=1)
+    config = dataclasses.replace(decoder_config, out=tmp_path, z_loss=1e-4, train=loop)
+    pretrain(config)
+    assert figures(tmp_path, "train", "loss")[-1] < figures(tmp_path, "train", "loss")[0]
+    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["step-00000002", "step-00000004"]
 
 
 def test_documents_longer_than_the_context(decoder_config: PretrainConfig) -> None:
@@ -218,8 +236,6 @@ def test_settings_that_cannot_be(vision_config: TokenizerTrainConfig, decoder_co
         dataclasses.replace(vision_config, clip_frames=6)
     with pytest.raises(EmulusError, match="row_tokens"):
         dataclasses.replace(decoder_config, row_tokens=16)
-    with pytest.raises(EmulusError, match="null_caption"):
-        dataclasses.replace(decoder_config, null_caption=2.0)
     with pytest.raises(EmulusError, match="no training pictures"):
         TokenizerObjective(dataclasses.replace(vision_config, pictures_per_batch=0, clips_per_batch=0))
 
@@ -228,6 +244,6 @@ def test_recipes_fit_together() -> None:
     for name in ("demo-tiny", "emoji-64"):
         chosen = recipe(name)
         assert chosen.tokens.vision == chosen.tokenizer.out
-        assert chosen.decoder.tokens == chosen.tokens.out
+        assert chosen.decoder.tokens == (str(chosen.tokens.out),)
         assert chosen.decoder.defaults.height == chosen.tokens.size == chosen.tokenizer.size
         assert chosen.decoder.defaults.num_frames == chosen.tokens.max_frames == chosen.tokenizer.clip_frames

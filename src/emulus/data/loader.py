@@ -146,10 +146,9 @@ def draw(
 
 def lengths_of(spans: Spans, records: Numbers, task: Numbers, words: Numbers) -> Numbers:
     """Ids of the documents that :func:`draw` chose."""
-    # One more, for documents without words and for the last question's answer.
-    known = np.append(spans.words, [0, 0])
-    place = np.where(words == NO_WORDS, len(spans.words), spans.first[records] + words)
-    return spans.media[records] + known[place] + np.where(task == QUESTION, known[place + 1], 0) + ENDS
+    known = spans.words
+    place = np.where(words == NO_WORDS, len(known) - 2, spans.first[records] + words)
+    return spans.media[records] + known[place] + np.where(task == QUESTION, known[place + 1], 0) + np.int64(ENDS)
 
 
 class Planner:
@@ -489,7 +488,7 @@ def _some(source: Source, number: int, count: int) -> Documents:
     """Evenly spread documents of a source, with their first caption, first and last in turn."""
     spans = source.spans
     usable = np.flatnonzero((spans.media == 0) | (spans.captions > 0))
-    records = np.array(even(usable.tolist(), max(count, 1)), np.int64)
+    records = usable[even(range(len(usable)), max(count, 1))]
     orders = np.where(np.arange(len(records)) % 2 == 0, CAPTION_LAST, CAPTION_FIRST)
     task = np.where(spans.media[records] == 0, TEXT, orders)
     words = np.zeros(len(records), np.int64)

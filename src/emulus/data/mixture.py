@@ -1,6 +1,7 @@
 """tokens folders -> one numbered set of records, and how long the documents are that each can become.
 
-All that is kept of a record are the lengths of its spans, some 30 bytes; the ids stay on the disk until a row is built.
+All that is kept of a record are the lengths of its spans, 20 bytes and four for each span; the ids stay on the disk
+until a row is built.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -28,6 +28,7 @@ from emulus.tokenizer.vocabulary import Vocabulary
 PartKind = Literal["all", "text", "image", "video"]
 PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)
 Numbers = npt.NDArray[np.int64]
+Small = npt.NDArray[np.int32]
 
 ENDS = 2
 """Ids of a document beside its spans: BOS and EOS."""
@@ -116,31 +117,65 @@ class Spans:
         words: Ids of all spans that are no media, record by record: captions, or questions each with its answer.
     """
 
-    media: Numbers
+    media: Small
     first: Numbers
-    captions: Numbers
-    questions: Numbers
-    words: Numbers
+    captions: Small
+    questions: Small
+    words: Small
+
+    @classmethod
+    def of_shard(cls, path: Path, line: ShardLine) -> Spans:
+        """Read the lengths of one shard.
+
+        Raises:
+            EmulusError: They are damaged, or those of another shard.
+        """
+        found = read_lengths(path)
+        if len(found.media) != line.rows or int(found.media.sum()) + int(found.lengths.sum()) != line.tokens:
+            raise EmulusError(f"{path}: its lengths are not those of the manifest; {REMEDY}")
+        if ((found.media == 0) != (line.kind == "text")).any():
+            raise EmulusError(f"{path}: its records are not of the kind {line.kind}; {REMEDY}")
+        bounds = found.offsets.astype(np.int64)
+        before = [np.cumsum([0, *(found.roles == LETTERS[role])]) for role in ("caption", "question")]
+        captions, questions = ((each[bounds[1:]] - each[bounds[:-1]]).astype(np.int32) for each in before)
+        if (captions + 2 * questions + (found.media == 0) != np.diff(bounds)).any():
+            raise EmulusError(f"{path}: its lengths are of spans that no record has; {REMEDY}")
+        return cls(
+            media=found.media.astype(np.int32),
+            first=bounds[:-1],
+            captions=captions,
+            questions=questions,
+            words=found.lengths.astype(np.int32),
+        )
+
+    @classmethod
+    def joined(cls, shards: Sequence[Spans]) -> Spans:
+        """Those of several shards, one after the other; ``words`` ends with two zeros more, for who has none."""
+        media, captions, questions, words = (
+            np.concatenate([np.empty(0, np.int32), *(getattr(spans, name) for spans in shards)])
+            for name in ("media", "captions", "questions", "words")
+        )
+        starts = np.cumsum([0, *(len(spans.words) for spans in shards)])
+        first = [spans.first + start for spans, start in zip(shards, starts, strict=False)]
+        return cls(
+            media=media,
+            first=np.concatenate([np.empty(0, np.int64), *first]),
+            captions=captions,
+            questions=questions,
+            words=np.append(words, np.zeros(2, np.int32)),
+        )
 
     def longest(self) -> Numbers:
         """The longest document of each record."""
-        count = len(self.words)
-        pair = np.zeros(count + 1, np.int64)
-        pair[:count] = self.words
-        owner = np.repeat(np.arange(len(self.media)), self.spans)
-        place = np.arange(count) - self.first[owner]
-        asked = place >= self.captions[owner]
+        owner = np.repeat(np.arange(len(self.media)), self.captions + 2 * self.questions + (self.media == 0))
+        place = np.arange(len(self.words)) - self.first[owner] - self.captions[owner]
+        lengths = self.words.astype(np.int64)
         # A question counts with its answer, which follows it.
-        question = np.flatnonzero(asked & ((place - self.captions[owner]) % 2 == 0) & (self.media[owner] > 0))
-        pair[question] += self.words[question + 1]
+        question = np.flatnonzero((place >= 0) & (place % 2 == 0) & (self.media[owner] > 0))
+        lengths[question] += self.words[question + 1]
         most = np.zeros(len(self.media), np.int64)
-        np.maximum.at(most, owner, pair[:count])
+        np.maximum.at(most, owner, lengths)
         return self.media + most + ENDS
-
-    @property
-    def spans(self) -> Numbers:
-        """How many spans beside its medium each record has."""
-        return self.captions + 2 * self.questions + (self.media == 0)
 
 
 class Source:
@@ -151,6 +186,12 @@ class Source:
         tokens: Its opened folder.
         split: Of which its records are.
 
+    Attributes:
+        lines: Its shards.
+        starts: The number of each shard's first record and, at last, of all records.
+        spans: How long what is of each record.
+        longest: Ids of the longest document that one can become, and which one.
+
     Raises:
         EmulusError: The lengths of a shard are damaged.
     """
@@ -160,7 +201,14 @@ class Source:
         self.tokens = tokens
         self.lines = [line for line in tokens.shards(split) if part.kind in ("all", line.kind) and line.rows]
         self.starts = np.cumsum([0, *(line.rows for line in self.lines)])
-        self.spans = _spans([(tokens.folder / line.name, line) for line in self.lines])
+        self.longest = (0, 0)
+        shards = []
+        for line, start in zip(self.lines, self.starts.tolist(), strict=False):
+            spans = Spans.of_shard(tokens.folder / line.name, line)
+            lengths = spans.longest()
+            self.longest = max(self.longest, (int(lengths.max()), start + int(lengths.argmax())))
+            shards.append(spans)
+        self.spans = Spans.joined(shards)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -169,29 +217,6 @@ class Source:
     def size(self) -> int:
         """Ids of all records."""
         return sum(line.tokens for line in self.lines)
-
-
-def _spans(shards: Sequence[tuple[Path, ShardLine]]) -> Spans:
-    parts: dict[str, list[Numbers]] = {"media": [], "captions": [], "questions": [], "words": [], "all": []}
-    for path, line in shards:
-        found = read_lengths(path)
-        bounds = found.offsets.astype(np.int64)
-        if len(found.media) != line.rows or int(found.media.sum()) + int(found.lengths.sum()) != line.tokens:
-            raise EmulusError(f"{path}: its lengths are not those of the manifest; {REMEDY}")
-        if ((found.media == 0) != (line.kind == "text")).any():
-            raise EmulusError(f"{path}: its records are not of the kind {line.kind}; {REMEDY}")
-        parts["media"].append(found.media.astype(np.int64))
-        parts["words"].append(found.lengths.astype(np.int64))
-        parts["all"].append(np.diff(bounds))
-        for letter, name in ((LETTERS["caption"], "captions"), (LETTERS["question"], "questions")):
-            before = np.concatenate([[0], np.cumsum(found.roles == letter)])
-            parts[name].append(before[bounds[1:]] - before[bounds[:-1]])
-    whole = {name: np.concatenate([np.empty(0, np.int64), *arrays]) for name, arrays in parts.items()}
-    number = whole.pop("all")
-    spans = Spans(first=np.cumsum(number) - number, **whole)
-    if (spans.spans != number).any():
-        raise EmulusError(f"{shards[0][0].parent}: a file of lengths has spans that no record has; {REMEDY}")
-    return spans
 
 
 class Mixture:
@@ -210,8 +235,8 @@ class Mixture:
         self.parts = tuple(parts)
         self.folders = dict(folders)
         self.split = split
-        found = [Source(part, folders[part.folder], split) for part in parts]
-        self.sources = [source for source in found if len(source) and source.part.weight != 0]
+        found = [Source(part, folders[part.folder], split) for part in parts if part.weight != 0]
+        self.sources = [source for source in found if len(source)]
         weighted = [(source, source.part.weight) for source in self.sources]
         self.weights = [len(source) if weight is None else weight for source, weight in weighted]
         self.shares = [weight / sum(self.weights) for weight in self.weights]
@@ -294,17 +319,11 @@ class Mixture:
 
     def longest(self) -> Longest:
         """The longest document that any record can become; of 0 ids if there are no records."""
-        return self._longest
-
-    @cached_property
-    def _longest(self) -> Longest:
-        found = Longest(0, "")
-        for number, source in enumerate(self.sources):
-            lengths = source.spans.longest()
-            record = int(lengths.argmax())
-            if lengths[record] > found.tokens:
-                found = Longest(int(lengths[record]), f"{self.read(number, [record])[0].id} of {source.part.name}")
-        return found
+        found = [(*source.longest, number) for number, source in enumerate(self.sources)]
+        if not found:
+            return Longest(0, "")
+        tokens, record, number = max(found)
+        return Longest(tokens, f"{self.read(number, [record])[0].id} of {self.sources[number].part.name}")
 
     def pictures(self, split: str, count: int) -> list[TokenizedItem]:
         """At most so many pictures of a split that have captions, evenly spread."""
@@ -315,13 +334,15 @@ class Mixture:
     ) -> list[TokenizedItem]:
         """At most so many pictures and clips of a split, evenly spread; nothing else is read."""
         held = self.of_split(split)
-        found: list[tuple[int, int]] = []
+        places = []
         for number, source in enumerate(held.sources):
             fitting = np.repeat([line.kind in kinds for line in source.lines], [line.rows for line in source.lines])
             records = np.flatnonzero(fitting & (source.spans.captions >= least_captions))
-            found += [(number, record) for record in records.tolist()]
+            places.append(np.stack([np.full(len(records), number), records], 1))
+        found = np.concatenate([np.empty((0, 2), np.int64), *places])
         return [
-            held.sources[number].tokens.item(held.read(number, [record])[0]) for number, record in even(found, count)
+            held.sources[number].tokens.item(held.read(number, [record])[0])
+            for number, record in found[even(range(len(found)), count)].tolist()
         ]
 
     def read(self, source: int, records: Sequence[int] | Numbers) -> list[Record]:

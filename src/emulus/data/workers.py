@@ -62,7 +62,7 @@ def _by_processes(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[Sha
     try:
         for number in range(min(config.workers, len(units))):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, config, _device(config, number)), daemon=True)
+            process = context.Process(target=serve, args=(there, config, _device(config, number)), daemon=True)
             process.start()
             there.close()
             processes.append(process)
@@ -97,8 +97,14 @@ def _answer(pipe: Connection) -> ShardLine:
     raise EmulusError(str(answer))
 
 
-def _serve(pipe: Connection, config: TokenizeConfig, device: str) -> None:
-    """What a worker process does until its parent is gone."""
+def serve(pipe: Connection, config: TokenizeConfig, device: str) -> None:
+    """What a worker process does until its parent is gone, or something is wrong that a user can mend.
+
+    Args:
+        pipe: Units come in, lines of the manifest go out; at last perhaps a message.
+        config: Of the run.
+        device: Where to compute.
+    """
     torch.set_num_threads(1)
     try:
         try:

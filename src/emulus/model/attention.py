@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def chunk_of(lengths: Sequence[int], start: int, stop: int) -> Chunk:
 
 
 # Compiled code would be compiled again for every row, whose documents have other lengths each.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     q: Float[Tensor, "batch heads here width"],
     k: Float[Tensor, "batch kv_heads here width"],
@@ -124,6 +124,7 @@ def attend(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+_Call = Callable[..., Any]
 _Attend = Callable[[Tensor, Tensor, Tensor, Row, Chunk, float], Tensor]
 
 
@@ -173,18 +174,19 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, row: Row, chunk: Chunk, dropout: floa
 
     if dropout:
         raise EmulusError("flex attention has no dropout; set dropout to 0 or use the sdpa backend")
-    call: Callable[..., Any] = _compiled_flex() if q.is_cuda else flex_attention
-    out = call(q, k, v, block_mask=_block_mask(row, chunk, q.device), enable_gqa=True)
+    out = (_compiled_flex() if q.is_cuda else cast("_Call", flex_attention))(
+        q, k, v, block_mask=_block_mask(row, chunk, q.device), enable_gqa=True
+    )
     assert isinstance(out, Tensor), "no other results were asked for"
     return out
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Any]:
+def _compiled_flex() -> _Call:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Uncompiled, flex attention makes the whole matrix of scores.
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    compiled: _Call = torch.compile(flex_attention, dynamic=False)
     return compiled
 
 

@@ -113,8 +113,8 @@ class Fit:
 def fit(points: Sequence[Point], *, delta: float = 1e-3, draws: int = 1000, level: float = 0.9, seed: int = 0) -> Fit:
     """Fit the law to runs, as in the third approach of Hoffmann et al.
 
-    The Huber loss of the difference of logarithms is summed over the runs and minimised over
-    (log E, log A, log B, alpha, beta), from a grid of starting points. Theirs used L-BFGS; here all starts and all of
+    The Huber loss of the difference of logarithms is summed over the runs and minimised over the logarithms of all five
+    constants (so that none is negative: a law in which larger models are worse says nothing), from a grid of starts. Theirs used L-BFGS; here all starts and all of
     the bootstrap's draws go down together by damped Gauss-Newton steps (Levenberg-Marquardt, with Huber's weights),
     to the same minimum.
 
@@ -194,7 +194,8 @@ class _Problem:
 
     def _parts(self, values: Float64[Tensor, "*fits 5"]) -> Float64[Tensor, "*fits runs 3"]:
         """Logarithms of the law's three parts."""
-        e, a, b, alpha, beta = values.unsqueeze(-1).unbind(-2)
+        e, a, b, *exponents = values.unsqueeze(-1).unbind(-2)
+        alpha, beta = (exponent.exp() for exponent in exponents)
         return torch.stack(
             [e.expand(*values.shape[:-1], len(self.sizes)), a - alpha * self.sizes, b - beta * self.tokens], -1
         )
@@ -217,7 +218,8 @@ class _Problem:
             parts = self._parts(values)
             distance = parts.logsumexp(-1) - targets
             share = parts.softmax(-1)
-            slope = torch.cat([share, -share[..., 1:] * torch.stack([self.sizes, self.tokens], -1)], -1)
+            exponents = values[:, None, 3:].exp()
+            slope = torch.cat([share, -share[..., 1:] * exponents * torch.stack([self.sizes, self.tokens], -1)], -1)
             # Huber's loss is that of squares with these weights.
             weighted = slope * (self.delta / distance.abs().clamp(min=self.delta)).unsqueeze(-1)
             curvature = weighted.mT @ slope
@@ -241,7 +243,12 @@ def _starts(problem: _Problem, losses: Float64[Tensor, " runs"]) -> Float64[Tens
     """Pairs of exponents, each with a part of the least loss as the floor and the rest shared."""
     least = losses.min()
     starts = [
-        [float(least) + math.log(floor), *[float(least) + math.log((1 - floor) / 2)] * 2, alpha, beta]
+        [
+            float(least) + math.log(floor),
+            *[float(least) + math.log((1 - floor) / 2)] * 2,
+            math.log(alpha),
+            math.log(beta),
+        ]
         for floor in (0.1, 0.5, 0.9)
         for alpha in _EXPONENTS
         for beta in _EXPONENTS

@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from emulus.errors import EmulusError
 from emulus.files import COMPLETE, disk_errors, finish_folder, read_json, remove_folder, write_json, write_text
-from emulus.train.parts import HostCopy, Shapes, WholeTensors, fill, read_table
+from emulus.train.parts import HostCopy, Shapes, WholeTensors, fill, read_table, system_error
 
 TRAINER = "trainer"
 VALUES = "trainer.json"
@@ -217,7 +218,7 @@ class _Ranks:
 
     def first(self, path: Path, work: Callable[[], _T]) -> _T:
         """Do it on the first process only; all get what it returned."""
-        result, error = _attempt(work) if self.rank == 0 else (None, None)
+        result, error = _attempt(path, work) if self.rank == 0 else (None, None)
         box: list[Any] = [result, _reason(path, error)]
         if self.group is not None:
             with _lost(path):
@@ -227,7 +228,7 @@ class _Ranks:
 
     def every(self, path: Path, work: Callable[[], _T]) -> _T:
         """Do it on every process; each gets what its own returned."""
-        result, error = _attempt(work)
+        result, error = _attempt(path, work)
         reasons = [_reason(path, error)]
         if self.group is not None:
             reasons *= dist.get_world_size()
@@ -237,9 +238,11 @@ class _Ranks:
         return result
 
 
-def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+def _attempt(path: Path, work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return work(), None
+    except SafetensorError as error:
+        return None, system_error(path, error)
     except Exception as error:
         return None, error
 
@@ -254,7 +257,7 @@ def _reason(path: Path, error: Exception | None) -> str | None:
     except EmulusError as named:
         return str(named)
     except Exception:
-        return f"could not save {path}: {error!r}"
+        return f"{path}: {error!r}"
 
 
 def _raise(reason: str | None, error: Exception | None) -> None:

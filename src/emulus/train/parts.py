@@ -200,6 +200,13 @@ def covered(shape: Sequence[int], blocks: Sequence[tuple[Sequence[int], Sequence
     return bool((count == 1).all())
 
 
+def system_error(path: Path, error: SafetensorError) -> OSError | EmulusError:
+    """The system's error that the library has wrapped in its own, as when a file could not be written."""
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    return EmulusError(f"{path}: {error}")
+
+
 class _Planner(DefaultSavePlanner):
     """Plans to write blocks that were worked out when they were copied."""
 
@@ -226,11 +233,12 @@ class _Writer(HuggingFaceStorageWriter):
         if plan.items:
             path = Path(self.path) / f"{plan.storage_data['shard_index']:05d}.safetensors"
             offsets = {item.index.fqn: {"saved_offsets": list(item.index.offset or ())} for item in plan.items}
-            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+            # All that the reader looks at. More entries would come in an order that changes from file to file.
+            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets)}
             try:
                 save_file({item.index.fqn: planner.resolve_data(item) for item in plan.items}, path, metadata)
             except SafetensorError as error:
-                raise _system_error(path, error) from None
+                raise system_error(path, error) from None
             fsync(path)
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
@@ -269,10 +277,3 @@ def _chunks(table: Metadata, name: str) -> list[ChunkStorageMetadata]:
 
 def _place(chunk: ChunkStorageMetadata) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-
-
-def _system_error(path: Path, error: SafetensorError) -> Exception:
-    """The library wraps the system's errors in its own."""
-    if number := re.search(r"os error (\d+)", str(error)):
-        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
-    return EmulusError(f"could not write {path} ({error})")
