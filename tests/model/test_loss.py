@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emulus.errors import EmulusError
 from emulus.model import loss
 from emulus.model.loss import Losses, linear_cross_entropy
-from tests.train.faults import run_ranks
+from tests.ranks import run_ranks
 
 
 class Case(NamedTuple):
@@ -223,6 +223,8 @@ def pieces(ours: Case, z_loss: float, sizes: list[int]) -> list[Any]:
     first = sum(sizes[:rank])
     weight = ours.weight.detach()[first : first + sizes[rank]].clone().requires_grad_()
     hidden = ours.hidden.detach().clone().requires_grad_()
+    # By these sizes the processes would take different numbers of tokens at a time.
+    loss._CPU = loss._Sizes(logits=20 * sizes[0] * weight.itemsize, tokens=99, block=64, rows=4)
     losses = linear_cross_entropy(
         hidden, weight, ours.targets, ours.weights, z_loss=z_loss, group=dist.group.WORLD, first_id=first
     )
@@ -244,14 +246,14 @@ def test_two_processes_share_the_head(dtype: torch.dtype, far: bool, tolerance: 
             # All that the second process has is as good as impossible, and some targets are there.
             given.hidden[:, 0] = 20.0
             given.weight[:, 0] = 10.0
-            given.weight[11:, 0] = -10.0
+            given.weight[13:, 0] = -10.0
     theirs = given.again()
     expected = plain(theirs, 0.01)
     (expected.total * 3).backward()
     assert theirs.hidden.grad is not None
     assert theirs.weight.grad is not None
     plain_tensors = Case(*(tensor.detach() for tensor in given))
-    for rank, found in enumerate(run_ranks(2, pieces, plain_tensors, 0.01, [11, 10])):
-        rows = theirs.weight.grad[:11] if rank == 0 else theirs.weight.grad[11:]
+    for rank, found in enumerate(run_ranks(2, pieces, plain_tensors, 0.01, [13, 8])):
+        rows = theirs.weight.grad[:13] if rank == 0 else theirs.weight.grad[13:]
         for mine, other in zip(found, (*expected, theirs.hidden.grad, rows), strict=True):
             assert_near(torch.tensor(mine, dtype=other.dtype), other.detach(), tolerance)

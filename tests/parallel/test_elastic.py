@@ -17,7 +17,7 @@ from emulus.pipeline import Emulus
 from emulus.train.config import TrainConfig
 from emulus.train.metrics import read_metrics
 from emulus.train.pretrain import PretrainConfig, pretrain
-from tests.parallel.ranks import as_rank, free_ports, run_ranks
+from tests.ranks import run_ranks
 
 STEPS, FIRST = 6, 3
 LAYOUTS = {
@@ -72,30 +72,18 @@ def laid_out(config: PretrainConfig, sizes: ParallelConfig, out: Path, steps: in
     return dataclasses.replace(config, out=out, train=loop)
 
 
-def train_all(rank: int, config: PretrainConfig, ports: list[int]) -> None:
-    """Every layout from the start; a run that changes its layout half-way, twice; and one that cannot be."""
-    places = iter(ports)
-    for name, (world, sizes) in LAYOUTS.items():
-        step_into(rank, world, next(places), laid_out(config, sizes, config.out / name))
-    changing = config.out / "changing"
-    for steps, name in ((2, "shard 2 x tensor 2"), (4, "one"), (STEPS, "shard 4")):
-        world, sizes = LAYOUTS[name]
-        step_into(rank, world, next(places), laid_out(config, sizes, changing, steps))
-    with pytest.raises(EmulusError) as error:
-        step_into(rank, 4, next(places), laid_out(config, ParallelConfig(tensor=4), config.out / "refused"))
-    if rank == 0:
-        (config.out / "refused.txt").write_text(str(error.value))
-
-
-def step_into(rank: int, world: int, port: int, config: PretrainConfig) -> None:
-    if rank < world:
-        with as_rank(rank, world, port):
-            pretrain(config)
+def train_as(name: str, config: PretrainConfig, out: Path, steps: int = STEPS) -> None:
+    world, sizes = LAYOUTS[name]
+    run_ranks(world, pretrain, laid_out(config, sizes, out, steps))
 
 
 @pytest.fixture(scope="module")
 def runs(config: PretrainConfig) -> Path:
-    run_ranks(train_all, 4, config, free_ports(len(LAYOUTS) + 4))
+    """Every layout from the start, and a run that changes its layout half-way, twice."""
+    for name in LAYOUTS:
+        train_as(name, config, config.out / name)
+    for steps, name in ((2, "shard 2 x tensor 2"), (4, "one"), (STEPS, "shard 4")):
+        train_as(name, config, config.out / "changing", steps)
     return config.out
 
 
@@ -122,9 +110,15 @@ def test_the_models_are_the_same(runs: Path, name: str) -> None:
     assert (runs / name / f"evaluations/drawn-{STEPS:08d}.png").exists()
 
 
-def test_a_model_that_cannot_be_shared_out_is_refused(runs: Path) -> None:
-    said = (runs / "refused.txt").read_text()
-    assert "tensor 4 does not divide the model's num_key_value_heads 2" in said
+def refused(config: PretrainConfig) -> str:
+    with pytest.raises(EmulusError) as error:
+        pretrain(laid_out(config, ParallelConfig(tensor=4), config.out / "refused"))
+    return str(error.value)
+
+
+def test_a_model_that_cannot_be_shared_out_is_refused(config: PretrainConfig) -> None:
+    for said in run_ranks(4, refused, config):
+        assert "tensor 4 does not divide the model's num_key_value_heads 2" in said
 
 
 def test_sizes_must_multiply_to_the_processes() -> None:

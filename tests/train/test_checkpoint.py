@@ -33,7 +33,8 @@ from emulus.errors import EmulusError
 from emulus.train.checkpoint import Checkpoints, latest
 from emulus.train.parts import covered
 from emulus.weights import save_tensors
-from tests.train.faults import KILLED, Disk, run_ranks
+from tests.ranks import run_ranks
+from tests.train.faults import KILLED, Disk
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

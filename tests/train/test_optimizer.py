@@ -20,7 +20,7 @@ from emulus.errors import EmulusError
 from emulus.train.config import TrainConfig
 from emulus.train.float8 import to_float8
 from emulus.train.optimizer import Muon, clip_, make_optimizer, orthogonalize, total_norm
-from tests.train.faults import run_ranks
+from tests.ranks import run_ranks
 
 ADAMW = TrainConfig(learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9, epsilon=1e-6)
 MUON = dataclasses.replace(ADAMW, optimizer="muon")

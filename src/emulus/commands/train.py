@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,7 +81,9 @@ def pretrain(arguments: Sequence[str]) -> None:
     if processes is not None:
         print(describe_plan(config, processes or 1))
     else:
-        print(run_pretrain(config))
+        model = run_pretrain(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(model)
 
 
 def _dry_run(words: list[str]) -> tuple[int | None, list[str]]:

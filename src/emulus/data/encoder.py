@@ -86,14 +86,17 @@ class Encoder:
     Args:
         config: Of the run; its folder holds the tokenizers.
         device: Where the vision tokenizer computes.
+        vision: That tokenizer, if it is loaded already.
 
     Raises:
         EmulusError: The folder lacks a tokenizer.
     """
 
-    def __init__(self, config: TokenizeConfig, device: torch.device | str) -> None:
+    def __init__(
+        self, config: TokenizeConfig, device: torch.device | str, vision: VisionTokenizer | None = None
+    ) -> None:
         self.config = config
-        self.vision: VisionTokenizer = load_vision_tokenizer(config.out / "vision", device)
+        self.vision = vision.to(device) if vision else load_vision_tokenizer(config.out / "vision", device)
         self.text = TextTokenizer.from_file(config.out)
         self.grammar = Grammar(Vocabulary.load(config.out / "vocabulary.json"), self.text)
 

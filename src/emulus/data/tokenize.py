@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import torch
-
 from emulus.config import to_dict
 from emulus.data.encoder import Unit
 from emulus.data.item import KINDS, SPLITS, Item, JsonLine, Kind, Split
@@ -158,8 +156,7 @@ def tokenize(config: TokenizeConfig) -> Path:
         words = words or _train(config, items, vision.config.codebook_size)
         words.text.save(config.out)
         words.vocabulary.save(config.out / "vocabulary.json")
-    del vision
-    _make(config, missing, len(units))
+    _make(config, missing, len(units), vision)
     lines = [line for line in read_manifest(config.out) if line.name in {unit.name for unit in units}]
     rows = _count(config, lines)
     write_json(config.out / SETTINGS, {**settings, "sources": to_dict(config)["sources"], "rows": rows})
@@ -195,12 +192,12 @@ def _open(sources: Sequence[Path]) -> list[Item]:
     return items
 
 
-def _make(config: TokenizeConfig, missing: Sequence[Unit], planned: int) -> None:
+def _make(config: TokenizeConfig, missing: Sequence[Unit], planned: int, vision: VisionTokenizer) -> None:
     """Make what is missing; a shard exists from the moment its line is in the manifest."""
     sizes = {unit.name: len(unit.items) for unit in missing}
     logger.info(f"{config.out}: encoding {sum(sizes.values())} items into {len(missing)} of {planned} shards")
     with progress_bar(sum(sizes.values()), what="encoding", unit=" items") as bar:
-        for line in finished(config, missing):
+        for line in finished(config, missing, vision):
             add_to_manifest(config.out, line)
             bar.update(sizes[line.name])
 
@@ -296,16 +293,16 @@ def _tokenizers(config: TokenizeConfig) -> tuple[_Words | None, VisionTokenizer]
     Raises:
         EmulusError: One cannot be had, or they are of different models.
     """
-    device = pick_device(config.device)
+    pick_device(config.device)  # before anything is fetched or written
     if not config.vocabulary:
         if config.vision is None:
             raise EmulusError("which ids there are is not said; name a --vision tokenizer or a --vocabulary")
-        return None, _load_vision(config.vision, device)
+        return None, _load_vision(config.vision)
     folder = fetch(config.vocabulary)
     words, lent = _of_tokens(folder) if (folder / SETTINGS).exists() else _of_model(folder, config.vocabulary)
     if config.vision is None and lent is None:
         raise EmulusError(f"{config.vocabulary} holds no vision tokenizer; name one with --vision")
-    vision = _load_vision(config.vision or cast(Path, lent), device)
+    vision = _load_vision(config.vision or cast(Path, lent))
     if vision.config.codebook_size != words.vocabulary.visual_size:
         raise EmulusError(
             f"{config.vision or lent} has {vision.config.codebook_size} codes but the vocabulary of "
@@ -332,11 +329,12 @@ def _of_model(folder: Path, name: str) -> tuple[_Words, Path | None]:
     return _Words(text=text, vocabulary=contents.vocabulary), lent
 
 
-def _load_vision(where: Path, device: torch.device) -> VisionTokenizer:
+def _load_vision(where: Path) -> VisionTokenizer:
+    # On the CPU: the workers put theirs where they compute.
     contents = inspect_folder(fetch(where))
     if contents.vision is None:
         raise EmulusError(f"{where} holds no vision tokenizer; name the folder of one")
-    return load_vision_tokenizer_from(contents.vision, contents.vision_tensors, device, folder=contents.folder)
+    return load_vision_tokenizer_from(contents.vision, contents.vision_tensors, folder=contents.folder)
 
 
 def _check_size(config: TokenizeConfig, vision: VisionTokenizerConfig) -> None:

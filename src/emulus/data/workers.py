@@ -16,6 +16,7 @@ from emulus.data.encoder import Encoder, Unit
 from emulus.data.records import ShardLine, Skipped
 from emulus.device import pick_device
 from emulus.errors import EmulusError
+from emulus.tokenizer.vision import VisionTokenizer
 
 if TYPE_CHECKING:
     from emulus.data.tokenize import TokenizeConfig
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
 _DIED = "a worker process died, perhaps for want of memory; run the same command again, with fewer --workers"
 
 
-def finished(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
+def finished(
+    config: TokenizeConfig, units: Sequence[Unit], vision: VisionTokenizer | None = None
+) -> Iterator[ShardLine]:
     """Work through units.
 
     Args:
         config: Says who works.
         units: What to do; their shards are the same whoever does it.
+        vision: The run's vision tokenizer, if it is loaded already.
 
     Yields:
         The manifest line of each shard as soon as it is on the disk, in any order.
@@ -40,11 +44,11 @@ def finished(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLin
         return _by_daft(config, units)
     if config.workers > 1 and len(units) > 1:
         return _by_processes(config, units)
-    return _here(config, units)
+    return _here(config, units, vision)
 
 
-def _here(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
-    encoder = Encoder(config, pick_device(config.device))
+def _here(config: TokenizeConfig, units: Sequence[Unit], vision: VisionTokenizer | None) -> Iterator[ShardLine]:
+    encoder = Encoder(config, pick_device(config.device), vision)
     for unit in units:
         yield encoder.make(unit)
 
@@ -127,8 +131,8 @@ def _device(config: TokenizeConfig, number: int) -> str:
 
 def _by_daft(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
     """Daft holds a column of units and runs a class over it, here or (``DAFT_RUNNER=ray``) on a cluster."""
-    # It reports home unless it is told not to before it is imported.
-    os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1")
+    # Both report home unless they are told not to before they are imported.
+    os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0")
     try:
         import daft
     except ImportError:

@@ -63,13 +63,12 @@ def linear_cross_entropy(
     Source: gradients in the forward pass as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989); vocabulary-parallel
     as in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053); z-loss of PaLM (Chowdhery et al. 2022, arXiv:2204.02311).
     """
-    if not len(weight):
-        raise EmulusError("a process has no rows of the head: more share it than it has rows; use fewer")
     job = _Job(
         products=_type_of_products(hidden, weight),
         z_loss=z_loss,
         group=group,
         first_id=first_id,
+        most_rows=_most_rows(len(weight), hidden.device, group),
         gradients=torch.is_grad_enabled(),
     )
     return Losses(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, job))
@@ -83,6 +82,7 @@ class _Job:
     z_loss: float
     group: dist.ProcessGroup | None
     first_id: int
+    most_rows: int
     gradients: bool
 
     @property
@@ -117,17 +117,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, job: _Job
     ) -> tuple[Tensor, Tensor]:
-        needed = ctx.needs_input_grad
-        zeros = [
-            torch.zeros_like(tensor, dtype=job.sums) if job.gradients and need else None
-            for tensor, need in zip((hidden, weight), needed, strict=False)
+        hidden_grad, weight_grad = grads = [
+            torch.zeros_like(tensor, dtype=job.sums) if job.gradients and needed else None
+            for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False)
         ]
+        chunks = _Chunks(hidden, weight, targets, weights.to(job.sums), hidden_grad, weight_grad, job)
         with torch.autocast(hidden.device.type, enabled=False):
-            total, tokens = _all_chunks(hidden, weight, targets, weights.to(job.sums), job, *zeros)
-        if zeros[0] is not None and job.group is not None:
-            dist.all_reduce(zeros[0], group=job.group)
+            total, tokens = chunks.run()
+        if hidden_grad is not None and job.group is not None:
+            dist.all_reduce(hidden_grad, group=job.group)
         ctx.save_for_backward(
-            *(None if grad is None else grad.to(like.dtype) for grad, like in zip(zeros, (hidden, weight), strict=True))
+            *(None if grad is None else grad.to(like.dtype) for grad, like in zip(grads, (hidden, weight), strict=True))
         )
         ctx.mark_non_differentiable(tokens)
         ctx.set_materialize_grads(False)
@@ -143,50 +143,61 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *both, None, None, None
 
 
-def _all_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    job: _Job,
-    hidden_grad: Tensor | None,
-    weight_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Go over the tokens; total, losses of the tokens, and the gradients added to what is given."""
-    sizes = _GPU if hidden.is_cuda else _CPU
-    partition, losses = (torch.empty(len(hidden), dtype=job.sums, device=hidden.device) for _ in range(2))
-    size = _chunk_size(len(hidden), len(weight) * job.products.itemsize, sizes)
-    # One piece of memory for all chunks: fresh pages cost a CPU time.
-    buffer = torch.empty(size, len(weight), dtype=job.products, device=hidden.device)
-    for part in _slices(len(hidden), size):
-        logits = buffer[: len(hidden[part])]
-        _multiply(hidden[part], weight, logits, sizes)
-        target = _Target.find(logits, targets[part] - job.first_id)
-        peak, mass = _exponentials(logits, job.sums, sizes)
-        whole = _over_group(peak, mass, target, targets[part], job.group)
+class _Chunks(NamedTuple):
+    """The work on all tokens; the gradients are added to."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    weights: Tensor
+    hidden_grad: Tensor | None
+    weight_grad: Tensor | None
+    job: _Job
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Go over the chunks; total, and the losses of the tokens."""
+        ids, dtype, device = len(self.weight), self.job.products, self.hidden.device
+        sizes = _GPU if self.hidden.is_cuda else _CPU
+        size = _chunk_size(len(self.hidden), self.job.most_rows * dtype.itemsize, sizes)
+        # One piece of memory for all chunks, since a CPU spends time on fresh pages. Its rows begin at round places,
+        # without which a GPU multiplies slowly.
+        buffer = torch.empty(size, -(-ids // 64) * 64, dtype=dtype, device=device)[:, :ids]
+        losses, partition = (torch.empty(len(self.hidden), dtype=self.job.sums, device=device) for _ in range(2))
+        for part in _slices(len(self.hidden), size):
+            logits = buffer[: len(self.hidden[part])]
+            losses[part], partition[part] = self._chunk(part, logits, sizes)
+        total = (self.weights * (losses + self.job.z_loss * partition.square())).sum()
+        return total, losses
+
+    def _chunk(self, part: slice, logits: Tensor, sizes: _Sizes) -> tuple[Tensor, Tensor]:
+        """Losses and log-partitions of some tokens."""
+        _multiply(self.hidden[part], self.weight, logits, sizes)
+        target = _Target.find(logits, self.targets[part] - self.job.first_id)
+        peak, mass = _exponentials(logits, self.job.sums, sizes)
+        whole = _over_group(peak, mass, target, self.targets[part], self.job.group)
         log_mass = whole.mass.log()
-        # Small differences first: of large logits, the sum of mass and peak would keep few digits.
-        losses[part] = log_mass + (whole.peak - whole.target)
-        partition[part] = log_mass + whole.peak
-        if hidden_grad is None and weight_grad is None:
-            continue
-        # 60: where all ids here are so unlikely, their gradients vanish, but a target's does not, and its entry in
-        # the row must not overflow.
-        scale = whole.mass * (whole.peak - peak).clamp_(max=60).exp_()
-        slope = 1 + 2 * job.z_loss * partition[part]
-        _put_targets(logits, peak, scale / slope, target)
-        factor = weights[part] * slope / scale
-        scaled = hidden[part].mul(factor[:, None]).to(job.products)
-        for rows in _slices(len(weight), sizes.rows):
+        partition = log_mass + whole.peak
+        if self.hidden_grad is not None or self.weight_grad is not None:
+            # 60: where all ids here are so unlikely, their gradients vanish, but a target's does not, and its entry in
+            # the row must not overflow.
+            scale = whole.mass * (whole.peak - peak).clamp_(max=60).exp_()
+            slope = 1 + 2 * self.job.z_loss * partition
+            _put_targets(logits, peak, scale / slope, target)
+            self._add_gradients(part, logits, self.weights[part] * slope / scale, sizes)
+        # Small differences first: of large logits, the log-partition has few digits left.
+        return log_mass + (whole.peak - whole.target), partition
+
+    def _add_gradients(self, part: slice, logits: Tensor, factor: Tensor, sizes: _Sizes) -> None:
+        """Add to both gradients, given those of the logits but for a factor of each row."""
+        scaled = self.hidden[part].mul(factor[:, None]).to(logits.dtype)
+        for rows in _slices(len(self.weight), sizes.rows):
             columns = logits[:, rows]
-            if hidden_grad is not None:
-                _add_product(hidden_grad[part], columns, weight[rows].to(job.products))
-            if weight_grad is not None:
-                _add_product(weight_grad[rows], columns.T, scaled)
-        if hidden_grad is not None:
-            hidden_grad[part] *= factor[:, None]
-    total = (weights * (losses + job.z_loss * partition.square())).sum()
-    return total, losses
+            if self.hidden_grad is not None:
+                _add_product(self.hidden_grad[part], columns, self.weight[rows].to(logits.dtype))
+            if self.weight_grad is not None:
+                _add_product(self.weight_grad[rows], columns.T, scaled)
+        if self.hidden_grad is not None:
+            self.hidden_grad[part] *= factor[:, None]
 
 
 def _multiply(hidden: Tensor, weight: Tensor, logits: Tensor, sizes: _Sizes) -> None:
@@ -268,6 +279,18 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.addmm_(left, right)
     else:
         out += left @ right
+
+
+def _most_rows(rows: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
+    """The most rows of the head that a process has: all must take equally many tokens at a time."""
+    most, least = rows, rows
+    if group is not None:
+        counts = torch.tensor([rows, -rows], device=device)
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=group)
+        most, least = counts.abs().tolist()
+    if not least:
+        raise EmulusError("a process has no rows of the head: more share it than it has rows; use fewer")
+    return most
 
 
 def _chunk_size(tokens: int, bytes_per_token: int, sizes: _Sizes) -> int:

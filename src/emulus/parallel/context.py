@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emulus.errors import EmulusError
 from emulus.model.attention import Row, chunk_of
-from emulus.parallel.processes import Processes
+from emulus.parallel.processes import Processes, all_gather, reduce_scatter
 
 
 def slice_row(row: Row, processes: Processes) -> tuple[Row, Int64[Tensor, " here"]]:
@@ -60,7 +60,7 @@ class _Gather(torch.autograd.Function):
         ctx.group = group  # type: ignore[attr-defined]
         parts = group.size()
         everyone = x.new_empty(parts, *x.shape)
-        dist.all_gather_into_tensor(everyone.view(-1), x.contiguous().view(-1), group=group)
+        all_gather(everyone.view(-1), x.contiguous().view(-1), group=group)
         first, mirrored = everyone.chunk(2, dim=3)
         return torch.cat([*first.unbind(0), *mirrored.flip(0).unbind(0)], dim=2)
 
@@ -71,5 +71,5 @@ class _Gather(torch.autograd.Function):
         chunks = grads[0].chunk(2 * parts, dim=2)
         mine = torch.stack([torch.cat([chunks[rank], chunks[-1 - rank]], dim=2) for rank in range(parts)])
         grad = torch.empty_like(mine[0])
-        dist.reduce_scatter_tensor(grad.view(-1), mine.view(-1), group=group)
+        reduce_scatter(grad.view(-1), mine.view(-1), group=group)
         return grad, None

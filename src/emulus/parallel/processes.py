@@ -21,6 +21,11 @@ from emulus.log import logger
 from emulus.parallel.config import ParallelConfig
 
 
+# Newer names of the same calls; the older ones warn.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """This process and the others.
@@ -74,7 +79,7 @@ class Processes:
             return mine[None]
         everyone = torch.empty(self.world, len(mine), dtype=torch.float64)
         # On the host, so that a GPU is not waited for.
-        dist.all_gather_into_tensor(everyone.view(-1), mine)
+        all_gather(everyone.view(-1), mine)
         return everyone
 
     def sum(self, values: Sequence[float]) -> list[float]:

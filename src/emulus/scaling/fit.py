@@ -19,8 +19,8 @@ FEWEST_KINDS = 3
 """Different sizes, and different numbers of tokens: with two of either, E and the exponents cannot be told apart."""
 
 _EXPONENTS = (0.1, 0.2, 0.35, 0.55, 0.8, 1.2)
-# Enough for eight digits of the height but where two constants hardly matter.
-_ITERATIONS = 300
+# More change no digit that is shown.
+_ITERATIONS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,9 @@ def fit(points: Sequence[Point], *, delta: float = 1e-3, draws: int = 1000, leve
     """Fit the law to runs, as in the third approach of Hoffmann et al.
 
     The Huber loss of the difference of logarithms is summed over the runs and minimised over the logarithms of all five
-    constants (so that none is negative: a law in which larger models are worse says nothing), from a grid of starts. Theirs used L-BFGS; here all starts and all of
-    the bootstrap's draws go down together by damped Gauss-Newton steps (Levenberg-Marquardt, with Huber's weights),
-    to the same minimum.
+    constants (so that none is negative: a law in which larger models are worse foretells nothing), from a grid of
+    starts. Theirs used L-BFGS; here all starts and all of the bootstrap's draws go down together by damped Gauss-Newton
+    steps (Levenberg-Marquardt, with Huber's weights), to the same minimum.
 
     Intervals are a bootstrap over runs: each draw gives every run the fitted loss times the scatter of a run drawn
     with replacement, and fits again. (Drawing the runs themselves would leave a ladder of a dozen without a size.)
@@ -258,5 +258,6 @@ def _starts(problem: _Problem, losses: Float64[Tensor, " runs"]) -> Float64[Tens
 
 def _law(values: Float64[Tensor, " 5"], means: tuple[float, float]) -> Law:
     """Constants of the law out of those of the centred problem."""
-    e, a, b, alpha, beta = values.tolist()
+    e, a, b = values[:3].tolist()
+    alpha, beta = values[3:].exp().tolist()
     return Law(e=math.exp(e), a=math.exp(a + alpha * means[0]), b=math.exp(b + beta * means[1]), alpha=alpha, beta=beta)

@@ -63,46 +63,56 @@ def _section(config: ScalingConfig, findings: Findings, modality: str, found: Fo
 
 
 def _fitted_chart(runs: Sequence[Measured], sizes: Sequence[str], modality: str, law: Fit) -> Chart:
-    most = max(run.tokens for run in runs)
+    """Losses over the ids seen, in doublings of the fewest, which spread evenly."""
+    least, most = min(run.tokens for run in runs), max(run.tokens for run in runs)
     lines = []
     for colour, size in enumerate(sizes):
         own = sorted((run for run in runs if run.size == size), key=lambda run: run.tokens)
-        curve = _curve(own[0].parameters, min(run.tokens for run in runs), most, law)
-        points = tuple((run.tokens / _MILLION, run.losses[modality]) for run in own)
+        seen = _between(least, most)
+        curve = tuple((math.log2(tokens / least), law.law.loss(own[0].parameters, tokens)) for tokens in seen)
+        points = tuple((math.log2(run.tokens / least), run.losses[modality]) for run in own)
         lines += [
             Line(name=size, points=points, dots=True, colour=colour),
             Line(name=f"{size}, fitted", points=curve, colour=colour),
         ]
-    return Chart(title="Measured and fitted", x="million ids seen", y="bits per id", lines=tuple(lines))
+    x = f"doublings of {least / _MILLION:.2g} million ids seen"
+    return Chart(title="Measured and fitted", x=x, y="bits per id", lines=tuple(lines))
 
 
 def _foretold_chart(config: ScalingConfig, findings: Findings, modality: str, found: Foretold) -> Chart:
-    run, least = findings.held_out, min(each.tokens for each in findings.fitted)
-    expected = found.predicted
-    here = run.tokens / _MILLION
+    """Losses over the size, after as many ids as the held-out run sees."""
+    run = findings.held_out
+    sizes = _between(min(each.parameters for each in findings.fitted), 1.1 * run.parameters)
+    expected = [(size / _MILLION, found.fit.predict(size, run.tokens)) for size in sizes]
     lines = [
-        Line(name="foretold", points=_curve(run.parameters, min(least, run.tokens), run.tokens, found.fit)),
+        Line(name="fitted", points=tuple((size, each.value) for size, each in expected)),
         Line(
-            name=f"{_percent(config.level)} interval for one run",
-            points=((here, expected.low), (here, expected.high)),
+            name=f"{_percent(config.level)} of single runs, at least",
+            points=tuple((size, each.low) for size, each in expected),
             colour=1,
         ),
+        Line(name="at most", points=tuple((size, each.high) for size, each in expected), colour=1),
     ]
-    if found.measured is not None:
-        lines.append(Line(name="measured", points=((here, found.measured),), dots=True, colour=2))
-    nearest = max(findings.fitted, key=lambda each: (each.parameters, each.tokens))
-    name = f"{nearest.size}, the largest fitted"
-    points = tuple(
-        (each.tokens / _MILLION, each.losses[modality]) for each in findings.fitted if each.size == nearest.size
+    fitted = tuple(
+        (each.parameters / _MILLION, each.losses[modality])
+        for each in findings.fitted
+        if abs(each.tokens - run.tokens) < 0.01 * run.tokens
     )
-    lines.append(Line(name=name, points=points, dots=True, colour=3))
-    return Chart(title=f"Foretold: {run.size}", x="million ids seen", y="bits per id", lines=tuple(lines))
+    lines.append(Line(name="measured, fitted", points=fitted, dots=True, colour=3))
+    if found.measured is not None:
+        here = (run.parameters / _MILLION, found.measured)
+        lines.append(Line(name=f"measured, held out: {run.size}", points=(here,), dots=True, colour=2))
+    return Chart(
+        title=f"Foretold, after {run.tokens / _MILLION:.2g} million ids",
+        x="million parameters (N)",
+        y="bits per id",
+        lines=tuple(lines),
+    )
 
 
-def _curve(parameters: float, first: float, last: float, law: Fit) -> tuple[tuple[float, float], ...]:
-    """The law over the ids seen; evenly spaced in their logarithm, since it bends most at the left."""
-    steps = [first * (last / first) ** (place / _POINTS) for place in range(_POINTS + 1)]
-    return tuple((tokens / _MILLION, law.law.loss(parameters, tokens)) for tokens in steps)
+def _between(first: float, last: float) -> list[float]:
+    """Numbers evenly spaced in their logarithm."""
+    return [first * (last / first) ** (place / _POINTS) for place in range(_POINTS + 1)]
 
 
 def _rows(config: ScalingConfig, findings: Findings, found: Foretold) -> tuple[Figure, ...]:

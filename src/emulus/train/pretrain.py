@@ -212,8 +212,8 @@ class PretrainObjective(Objective[Batch, Decoder]):
     def _losses(self, batch: Batch) -> tuple[Losses, dict[str, Tensor], int]:
         """Losses of the part of a row that is here; which of them are of each modality; how many ids are here."""
         useful = len(batch.input_ids)
-        # Its parts are equally long, and compiled code likes to see one length.
-        unit = 2 * self.processes.sizes.context if self.processes.sizes.context > 1 else 1
+        # Its parts must be equally long; and libraries prepare, and keep what they prepared, for each other length.
+        unit = math.lcm(64, 2 * self.processes.sizes.context)
         length = self.config.row_tokens if self.processes.sizes.compile else -(-useful // unit) * unit
         batch = pad(batch, length, self.vocabulary) if length > useful else batch
         row, here = slice_row(Row.whole(batch.document_lengths), self.processes)

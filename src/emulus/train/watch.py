@@ -13,6 +13,8 @@ from emulus.errors import EmulusError
 NORMS, LEAST_NORMS = 64, 16
 LOSSES, LEAST_LOSSES, DEVIATIONS = 128, 16, 5.0
 SPAN, SLOWER = 16, 1.5
+# By less than so many seconds a step, slowness is only what else the machine had to do.
+LEAST_SLOWER = 0.1
 MOST_IN_A_ROW = 8
 # Below this share of the mean a rise is no spike, however even the losses were before.
 LEAST_RISE = 0.01
@@ -106,7 +108,7 @@ class Watch:
         self._times.clear()
         # Of two processes the faster is the measure.
         usual, slowest = statistics.median_low(totals), max(totals)
-        if len(totals) < 2 or slowest <= SLOWER * usual:
+        if len(totals) < 2 or slowest <= max(SLOWER * usual, usual + SPAN * LEAST_SLOWER):
             return None
         return (
             f"process {totals.index(slowest)} is slow: {slowest / SPAN:.3g} s where the median is {usual / SPAN:.3g} s"
