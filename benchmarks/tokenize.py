@@ -36,7 +36,7 @@ from emulus.tokenizer.vocabulary import Vocabulary
 
 HOME = Path(__file__).parents[1]
 SETTINGS = {
-    "pictures": (512, "pictures that are encoded; clips are a sixteenth of that"),
+    "pictures": (1024, "pictures that are encoded; clips are a sixteenth of that"),
     "batch": (32, "pictures, or frames of clips, in a batch"),
 }
 TOY = VisionTokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(), codebook_size=64)

@@ -69,7 +69,7 @@ def make_loader(mixture: Mixture, reading: ReadingConfig | None = None, **change
 
 
 def equal(left: Batch, right: Batch) -> bool:
-    tensors = ("input_ids", "targets", "loss_weights", "position_ids", "supervised")
+    tensors = ("input_ids", "targets", "loss_weights", "position_ids")
     return left.document_lengths == right.document_lengths and all(
         torch.equal(getattr(left, name), getattr(right, name)) for name in tensors
     )

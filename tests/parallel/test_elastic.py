@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,14 @@ import emulus
 from emulus.data.tokenize import TokenizeConfig, tokenize
 from emulus.errors import EmulusError
 from emulus.parallel.config import ParallelConfig
-from emulus.parallel.processes import Processes, settle
+from emulus.parallel.processes import Processes, running, settle
 from emulus.pipeline import Emulus
+from emulus.sequence import Batch
+from emulus.train.checkpoint import complete_checkpoints
 from emulus.train.config import TrainConfig
+from emulus.train.loop import train
 from emulus.train.metrics import read_metrics
-from emulus.train.pretrain import PretrainConfig, pretrain
+from emulus.train.pretrain import PretrainConfig, PretrainObjective, pretrain
 from tests.ranks import run_ranks
 
 STEPS, FIRST = 6, 3
@@ -108,6 +114,42 @@ def test_the_models_are_the_same(runs: Path, name: str) -> None:
     for key, weight in alone.items():
         torch.testing.assert_close(ours[key], weight, atol=2e-5, rtol=1e-4)
     assert (runs / name / f"evaluations/drawn-{STEPS:08d}.png").exists()
+
+
+class Disturbed(PretrainObjective):
+    """One of the processes gets a signal before it reads the rows of a step."""
+
+    def __init__(self, config: PretrainConfig, processes: Processes, number: int) -> None:
+        super().__init__(config, processes)
+        self.signal = number
+
+    def batches(self, step: int) -> Sequence[Batch]:
+        if step == 4 and self.processes.rank == 1:
+            os.kill(os.getpid(), self.signal)
+        return super().batches(step)
+
+
+def disturbed(config: PretrainConfig, number: int) -> tuple[str, int]:
+    """What this process says at its end, and its exit status."""
+    config = laid_out(config, ParallelConfig(shard=2), config.out / f"signal {number}")
+    with pytest.raises(EmulusError) as error, running(config.train.parallel, "cpu") as processes:
+        train(config.train, Disturbed(config, processes, number), config.out)
+    return str(error.value), error.value.status
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all(config: PretrainConfig, number: int) -> None:
+    for said, status in run_ranks(2, disturbed, config, int(number)):
+        assert "stopped at step 5 of 6 and saved" in said
+        assert status == 75
+    assert complete_checkpoints(config.out / f"signal {int(number)}/checkpoints")[-1].name == "step-00000005"
+
+
+def test_a_process_that_dies_is_noticed_by_the_others(config: PretrainConfig) -> None:
+    first, second = run_ranks(2, disturbed, config, int(signal.SIGKILL))
+    assert second is None
+    assert "another process of this run has stopped" in first[0]
+    assert complete_checkpoints(config.out / "signal 9/checkpoints")[-1].name == "step-00000003"
 
 
 def refused(config: PretrainConfig) -> str:

@@ -46,7 +46,7 @@ def test_targets_stay_inside_their_document(grammar: Grammar) -> None:
     assert batch.loss_weights.tolist() == [1, 0.25, 1, 0, 0, 0.25, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 0, 1]
     assert batch.document_lengths == [4, 1, 2]
-    assert batch.supervised.tolist() == [0, 1, 2, 5]
+    assert batch.loss_weights.nonzero()[:, 0].tolist() == [0, 1, 2, 5]
     assert batch.targets.dtype == torch.int64
     assert batch.loss_weights.dtype == torch.float32
 
@@ -75,7 +75,7 @@ def test_visual_ids_of_no_weight_are_not_supervised(grammar: Grammar) -> None:
     visual = grammar.vocabulary.visual_start
     batch = collate([[1, visual, 2, 3]], grammar.vocabulary, visual_weight=0)
     assert batch.loss_weights.tolist() == [0, 1, 1, 0]
-    assert batch.supervised.tolist() == [1, 2]
+    assert batch.loss_weights.nonzero()[:, 0].tolist() == [1, 2]
 
 
 @given(st.lists(st.lists(st.integers(0, 370), min_size=1, max_size=9), min_size=1, max_size=6), st.data())
@@ -86,9 +86,8 @@ def test_joining_is_collating(grammar: Grammar, documents: list[list[int]], data
     masks = [mask.tolist() for mask in np.split(prompt, np.cumsum(lengths)[:-1])]
     left = join(ids, lengths, grammar.vocabulary, visual_weight=0.3, prompt=prompt)
     right = collate(documents, grammar.vocabulary, visual_weight=0.3, prompt_masks=masks)
-    for name in ("input_ids", "targets", "loss_weights", "position_ids", "supervised"):
+    for name in ("input_ids", "targets", "loss_weights", "position_ids"):
         assert torch.equal(getattr(left, name), getattr(right, name))
-    assert left.supervised.tolist() == left.loss_weights.nonzero()[:, 0].tolist()
     assert left.document_lengths == right.document_lengths == lengths
 
 
@@ -101,8 +100,7 @@ def test_padding_is_a_document_of_its_own(grammar: Grammar) -> None:
     assert padded.targets.tolist()[5:] == 4 * [v.pad]
     assert padded.loss_weights.tolist() == [1, 1, 0, 1, 0, 0, 0, 0, 0]
     assert padded.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
-    assert padded.supervised.tolist() == batch.supervised.tolist()
-    for name in ("input_ids", "targets", "loss_weights", "position_ids", "supervised"):
+    for name in ("input_ids", "targets", "loss_weights", "position_ids"):
         assert getattr(padded, name).dtype == getattr(batch, name).dtype
     assert pad(batch, 5, v) is batch
     with pytest.raises(EmulusError, match="a row of 5 ids cannot be padded to 4"):

@@ -25,7 +25,6 @@ class Batch:
         targets: The id after each in its document; at a document's last id there is none (PAD, weight 0).
         loss_weights: How much each target counts.
         position_ids: Place of each id in its document, from 0.
-        supervised: The places whose target weighs more than 0: known here, so that no device need be asked.
         document_lengths: Ids of each document, in order.
     """
 
@@ -33,12 +32,11 @@ class Batch:
     targets: Int64[Tensor, " n"]
     loss_weights: Float32[Tensor, " n"]
     position_ids: Int64[Tensor, " n"]
-    supervised: Int64[Tensor, " m"]
     document_lengths: list[int]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        names = ("input_ids", "targets", "loss_weights", "position_ids", "supervised")
+        names = ("input_ids", "targets", "loss_weights", "position_ids")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -144,7 +142,6 @@ def join(
         targets=torch.from_numpy(targets),
         loss_weights=torch.from_numpy(weights),
         position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(ends - lengths, lengths)),
-        supervised=torch.from_numpy(np.flatnonzero(weights > 0)),
         document_lengths=lengths.tolist(),
     )
 
