@@ -88,9 +88,11 @@ class Marked(PretrainObjective):
 class Wide(Marked):
     """The same with Emu3's vocabulary, of which the data have a few thousand ids."""
 
+    ids_in_all = EMU3
+
     def shape(self) -> DecoderConfig:
         """The decoder's."""
-        return dataclasses.replace(super().shape(), vocab_size=EMU3)
+        return dataclasses.replace(super().shape(), vocab_size=self.ids_in_all)
 
 
 def config_of(tokens: str, out: Path, kind: Kind, steps: int, **free: Any) -> PretrainConfig:
@@ -337,7 +339,7 @@ def memory(options: Options) -> Case:
         "loss": peaks["ours"]["loss"],
         "ids": round(peaks["ours"]["ids"]),
         "ids_with_padding": round(peaks["theirs"]["ids"]),
-        "vocabulary": EMU3,
+        "vocabulary": 20_000 if options.toy else EMU3,
         "size": "tiny" if options.toy else "emoji-3m",
         **conditions(options),
     }
@@ -362,6 +364,7 @@ def peak(tokens: str, way: str, threads: str, size: str) -> None:
     torch.set_num_threads(int(threads))
     logger.setLevel(logging.ERROR)
     shape = {"size": "tiny", "context": 256, "row_tokens": 256} if size == "toy" else {"size": "emoji-3m"}
+    Wide.ids_in_all = 20_000 if size == "toy" else EMU3
     found: dict[str, float] = {}
 
     def at_step(step: int) -> None:

@@ -21,10 +21,14 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SHORT = {
     "tokenizer-train": ["--train.steps", "1", "--pictures-per-batch", "2", "--evaluation-items", "1"],
     "tokenize": ["--views", "1", "--text-size", "300"],
-    "pretrain": ["--train.steps", "1", "--documents-per-step", "2", "--evaluation-documents", "2", "--size", "tiny"],
+    "pretrain": ["--train.steps", "1", "--rows-per-step", "1", "--evaluation-documents", "2", "--size", "tiny"],
     "evaluate": shlex.split(
         "--pictures 2 --clips 1 --training-items 2 --choice-groups 0 --show.reconstructions 1"
         " --show.reconstructed-clips 1 --show.pictures 1 --show.clips 1 --show.continuations 1 --show.captions 1"
+    ),
+    "scaling": shlex.split(
+        "--sizes tiny emoji-3m emoji-6m --token-counts 1280 2560 3840 --held-out-size emoji-10m --held-out-tokens 3840"
+        " --base.row-tokens 1280 --base.rows-per-step 1 --base.evaluation-documents 2 --draws 10"
     ),
     "demo": ["--steps-share", "0"],
     "describe": ["--max-new-tokens", "4"],

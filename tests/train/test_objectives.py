@@ -213,6 +213,8 @@ def test_another_models_weights_to_start_from(decoder_config: PretrainConfig, tm
         assert torch.equal(weight, objective.model.state_dict()[name])
     with pytest.raises(EmulusError, match=r"shape|lacks|not this"):
         PretrainObjective(dataclasses.replace(config, init=str(model), size="emoji-3m"))
+    with pytest.raises(EmulusError, match="another vocabulary than the tokens"):
+        PretrainObjective(dataclasses.replace(config, init="checkpoints/emoji"))
 
 
 def test_optimisers_and_extras(decoder_config: PretrainConfig, tmp_path: Path) -> None:

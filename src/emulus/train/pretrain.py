@@ -145,7 +145,7 @@ class PretrainObjective(Objective[Batch, Decoder]):
         model = on_meta(lambda: Decoder(shape))
         bfloat16 = self.device.type == "cuda" and config.train.precision != "fp32"
         spread(model, self.processes, bfloat16=bfloat16)
-        weights = stored_weights(config.init, shape) if config.init else None
+        weights = stored_weights(config.init, shape, self.vocabulary) if config.init else None
 
         def make(name: str, size: torch.Size) -> Tensor:
             if weights is not None:
@@ -307,19 +307,24 @@ def shape_of(config: PretrainConfig, vocabulary: Vocabulary) -> DecoderConfig:
     )
 
 
-def stored_weights(model: str, shape: DecoderConfig) -> Tensors:
+def stored_weights(model: str, shape: DecoderConfig, vocabulary: Vocabulary) -> Tensors:
     """Where the weights of a decoder lie that has this shape.
 
     Args:
         model: A folder, a run or a name on the hub, in any layout that is read.
         shape: What they must fit; its context and dropout are free.
+        vocabulary: What their ids must mean, where the model says so.
 
     Raises:
-        EmulusError: There is none, or it is of another shape.
+        EmulusError: There is none, or it is of another shape or vocabulary.
     """
     contents = inspect_folder(fetch(model))
     if contents.decoder is None or contents.quantized is not None:
         raise EmulusError(f"{model} has no decoder whose weights are whole; name another --init")
+    if contents.vocabulary not in (None, vocabulary):
+        raise EmulusError(
+            f"{model} has another vocabulary than the tokens; make them with emulus tokenize --vocabulary {model}"
+        )
     check_shapes(contents.folder, expected_shapes(shape), contents.decoder_tensors)
     return contents.decoder_tensors
 
