@@ -107,8 +107,9 @@ class _Sizes:
     rows: int
 
 
-# Fewer tokens at a time cost time, since the head's gradient is read and written once per chunk.
-_CPU = _Sizes(logits=96 << 20, tokens=512, block=1 << 20, rows=4096)
+# Fewer tokens at a time cost time, since the head's gradient is read and written once per chunk. Smaller blocks and fewer
+# rows are no faster, and threads that must meet more often wait longer where others use the processors too.
+_CPU = _Sizes(logits=96 << 20, tokens=512, block=1 << 21, rows=16384)
 _GPU = _Sizes(logits=1 << 30, tokens=8192, block=1 << 26, rows=32768)
 
 
