@@ -25,9 +25,8 @@ def tokenizer_train(arguments: Sequence[str]) -> None:
     """``emulus tokenizer-train RECIPE [--config FILE] [flags]``."""
     chosen, rest = take_recipe(arguments, "tokenizer-train")
     if chosen.tokenizer is None:
-        raise EmulusError(
-            f"{arguments[0]} takes a vision tokenizer that others have trained; go on with emulus tokenize {arguments[0]}"
-        )
+        name = arguments[0]
+        raise EmulusError(f"{name} takes a vision tokenizer that is there already; go on with emulus tokenize {name}")
     config = from_flags(chosen.tokenizer, rest, program="emulus tokenizer-train RECIPE")
     print(train_tokenizer(config))
 

@@ -20,7 +20,6 @@ from emulus.errors import EmulusError
 from emulus.log import logger
 from emulus.parallel.config import ParallelConfig
 
-
 # Newer names of the same calls; the older ones warn.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from emulus.train.optimizer import clip_, make_optimizer, total_norm
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -28,6 +27,7 @@ from emulus.train.config import TrainConfig
 from emulus.train.flops import peak_flops
 from emulus.train.metrics import MetricsLog, StepLine, profiled
 from emulus.train.objective import Evaluation, Objective, StepLoss
+from emulus.train.optimizer import clip_, make_optimizer, total_norm
 from emulus.train.schedule import learning_rate
 from emulus.train.watch import Watch
 

@@ -51,7 +51,7 @@ class CodebookTrainer:
         self.started = torch.zeros((), dtype=torch.bool)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the codebook itself, which is a weight of the model; it is loaded in place."""
+        """What a resumed run needs beside the codebook itself, which is a weight of the model; loaded in place."""
         return {"counts": self.counts, "sums": self.sums, "started": self.started}
 
     @torch.no_grad()
