@@ -107,8 +107,8 @@ class _Sizes:
     rows: int
 
 
-# Fewer tokens at a time cost time, since the head's gradient is read and written once per chunk. Smaller blocks and fewer
-# rows are no faster, and threads that must meet more often wait longer where others use the processors too.
+# Fewer tokens at a time cost time, since the head's gradient is read and written once per chunk. Smaller blocks and
+# fewer rows are no faster, and threads that meet more often wait longer where others use the processors, too.
 _CPU = _Sizes(logits=96 << 20, tokens=512, block=1 << 21, rows=16384)
 _GPU = _Sizes(logits=1 << 30, tokens=8192, block=1 << 26, rows=32768)
 

@@ -17,8 +17,8 @@ RUNS = Path("runs/emoji-64")
 def emoji_3m(data: Path = DATA, runs: Path = RUNS) -> Recipe:
     """2.8 M parameters (2.2 M without the input table), 14 M ids: the smallest of the ladder.
 
-    Hardware: CPU cores with bfloat16 instructions. 0.12 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over two
-    steps beside other work, hence about 26 CPU-minutes in all. Losses are not measured yet.
+    Hardware: CPU cores with bfloat16 instructions. 0.12 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over
+    two steps beside other work, hence about 26 CPU-minutes in all. Losses are not measured yet.
 
     Command: ``emulus pretrain emoji-3m``, after ``emulus tokenizer-train emoji-64`` and ``emulus tokenize emoji-64``.
     """
@@ -28,8 +28,8 @@ def emoji_3m(data: Path = DATA, runs: Path = RUNS) -> Recipe:
 def emoji_10m(data: Path = DATA, runs: Path = RUNS) -> Recipe:
     """9.5 M parameters (8.5 M without the input table), 14 M ids.
 
-    Hardware: CPU cores with bfloat16 instructions. 0.37 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over two
-    steps beside other work, hence about 1.4 CPU-hours in all. Losses are not measured yet.
+    Hardware: CPU cores with bfloat16 instructions. 0.37 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over
+    two steps beside other work, hence about 1.4 CPU-hours in all. Losses are not measured yet.
 
     Command: ``emulus pretrain emoji-10m``, after ``emulus tokenizer-train emoji-64`` and ``emulus tokenize emoji-64``.
     """
@@ -39,8 +39,8 @@ def emoji_10m(data: Path = DATA, runs: Path = RUNS) -> Recipe:
 def emoji_25m(data: Path = DATA, runs: Path = RUNS) -> Recipe:
     """25 M parameters (24 M without the input table), 14 M ids.
 
-    Hardware: CPU cores with bfloat16 instructions. 0.79 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over two
-    steps beside other work, hence about 2.9 CPU-hours in all. Losses are not measured yet.
+    Hardware: CPU cores with bfloat16 instructions. 0.79 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over
+    two steps beside other work, hence about 2.9 CPU-hours in all. Losses are not measured yet.
 
     Command: ``emulus pretrain emoji-25m``, after ``emulus tokenizer-train emoji-64`` and ``emulus tokenize emoji-64``.
     """
@@ -50,8 +50,8 @@ def emoji_25m(data: Path = DATA, runs: Path = RUNS) -> Recipe:
 def emoji_60m(data: Path = DATA, runs: Path = RUNS) -> Recipe:
     """56 M parameters (54 M without the input table), 14 M ids: the largest of the ladder.
 
-    Hardware: CPU cores with bfloat16 instructions. 1.66 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over two
-    steps beside other work, hence about 6.2 CPU-hours in all. Losses are not measured yet.
+    Hardware: CPU cores with bfloat16 instructions. 1.66 CPU-seconds for 1,000 ids on an AMD EPYC (Zen 5), measured over
+    two steps beside other work, hence about 6.2 CPU-hours in all. Losses are not measured yet.
 
     Command: ``emulus pretrain emoji-60m``, after ``emulus tokenizer-train emoji-64`` and ``emulus tokenize emoji-64``.
     """
