@@ -209,6 +209,12 @@ def require(equal: bool, what: str) -> None:
         raise Unequal(what)
 
 
+def held(which: str) -> int:
+    """Bytes of memory of this process: ``VmRSS`` now, ``VmHWM`` at most. What ``getrusage`` says may be the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+
+
 def main(
     cases: Mapping[str, Callable[[Options], Case | Sequence[Case]]],
     argv: Sequence[str] | None = None,

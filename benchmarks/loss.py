@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from benchmarks.harness import Case, Options, case, conditions, interleave, main, require
+from benchmarks.harness import Case, Options, case, conditions, held, interleave, main, require
 from emulus.errors import EmulusError
 from emulus.model.loss import linear_cross_entropy
 
@@ -140,15 +140,9 @@ def peak(name: str, kind: str, way: str, threads: str) -> None:
     # What libraries keep for themselves is taken first.
     Step(TOY, cast(Kind, kind)).run(cast(Way, way))
     step = Step(TOY if name == "toy" else SIZES[name], cast(Kind, kind))
-    before = _held("VmRSS")
+    before = held("VmRSS")
     step.run(cast(Way, way))
-    print(_held("VmHWM") - before)
-
-
-def _held(which: str) -> int:
-    """Bytes: ``VmRSS`` now, or ``VmHWM`` at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+    print(held("VmHWM") - before)
 
 
 CASES: dict[str, Callable[[Options], Case]] = {

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.emoji import small_tokens
-from benchmarks.harness import Case, Options, case, conditions, interleave_measured, main, require
+from benchmarks.harness import Case, Options, case, conditions, held, interleave_measured, main, require
 from emulus.data.loader import ReadingConfig
 from emulus.device import autocast
 from emulus.errors import EmulusError
@@ -371,7 +371,7 @@ def peak(tokens: str, way: str, threads: str, size: str) -> None:
         if step == 1:
             found["before"] = _start_measuring()
         if step == 2:
-            found["bytes"] = _held("VmHWM") - found["before"]
+            found["bytes"] = held("VmHWM") - found["before"]
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -410,13 +410,7 @@ def peak(tokens: str, way: str, threads: str, size: str) -> None:
 def _start_measuring() -> int:
     """Forget the highest memory so far; what the process holds now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _held("VmRSS")
-
-
-def _held(which: str) -> int:
-    """Bytes: ``VmRSS`` now, or ``VmHWM`` at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+    return held("VmRSS")
 
 
 # what the loop costs

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Options, case, conditions, interleave, main, require
+from benchmarks.harness import Case, Options, case, conditions, held, interleave, main, require
 from emulus.errors import EmulusError
 from emulus.layouts.names import shape_in_transformers, vision_to_transformers
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
@@ -170,15 +170,9 @@ def peak(kind: str, side: str, size: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     model = tokenizer(cast(Kind, kind), toy=size == "toy")
     codes = _codes(model, int(side))
-    loaded = _held("VmRSS")
+    loaded = held("VmRSS")
     model.decode(codes)
-    print(loaded, _held("VmHWM"))
-
-
-def _held(which: str) -> int:
-    """Bytes: ``VmRSS`` now, or ``VmHWM`` at most. (What ``getrusage`` says may be the parent's.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+    print(loaded, held("VmHWM"))
 
 
 def _pair(kind: Kind, options: Options) -> tuple[VisionTokenizer, Any]:

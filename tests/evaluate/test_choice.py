@@ -39,7 +39,7 @@ def learned(model: Emulus) -> Decoder:
     for item in items():
         documents += [caption_first(item.captions[0], item.media), caption_last(item.media, item.captions[0])]
     batch = collate([model.grammar.build(document) for document in documents], model.grammar.vocabulary)
-    here, row = batch.supervised, Row.whole(batch.document_lengths)
+    here, row = batch.loss_weights.nonzero()[:, 0], Row.whole(batch.document_lengths)
     equal = torch.full((len(here),), 1 / len(here))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
     for _ in range(150):

@@ -95,8 +95,8 @@ def test_what_is_planned(config: ScalingConfig) -> None:
     assert (planned[-1].size, planned[-1].tokens) == ("emoji-10m", 2048)
     assert [run.config.train.steps for run in planned] == [1] * 3 + [2] * 3 + [4] * 3 + [8]
     longest = planned[-1].config.train
-    # A tenth of the steps, as in the base.
-    assert longest.warmup_steps == 1
+    # Those of the base are 10, and a fifth of the run is less.
+    assert longest.warmup_steps == 2
     assert longest.learning_rate == pytest.approx(4e-3 * math.sqrt(128 / 320))
     assert {run.config.out.parent for run in planned} == {config.out}
     inside = dataclasses.replace(config, held_out_size="emoji-6m", held_out_tokens=1024)
@@ -106,7 +106,7 @@ def test_what_is_planned(config: ScalingConfig) -> None:
 
 def test_the_average_reaches_back_the_same_share(config: ScalingConfig) -> None:
     longer = plan(dataclasses.replace(config, held_out_tokens=256 * 1000))[-1].config.train
-    assert longer.steps == 1000
+    assert (longer.steps, longer.warmup_steps) == (1000, 10)
     assert 1 - longer.ema_decay == pytest.approx((1 - 0.9) / 10)
 
 

@@ -30,6 +30,7 @@ PAGE_FILE = "scaling.html"
 ALL = "all"
 """The modality of every id that a model has to choose: visual and text ids together, each counting the same."""
 _SUFFIX = "_bits"
+_LONGEST_WARMUP = 0.2
 # What a run may be told about how to compute without becoming another run.
 _FREE = {
     "device",
@@ -50,8 +51,8 @@ class ScalingConfig:
 
     Attributes:
         base: What all runs have in common. Its ``size`` is the one that ``train.learning_rate`` suits (see
-            ``width_power``), and of ``train.steps`` only the shares of ``warmup_steps`` and of the averaging's reach
-            matter. Its ``out`` is not used.
+            ``width_power``), its ``train.warmup_steps`` are at most a fifth of a run, and its ``train.steps`` only say
+            what share of a run the average reaches back. Its ``out`` is not used.
         out: A folder for each run, ``scaling.json`` and ``scaling.html``.
         sizes: Named sizes of the ladder.
         token_counts: Each size is trained from scratch on each of these numbers of ids.
@@ -212,7 +213,8 @@ def _planned(config: ScalingConfig, size: str, tokens: int) -> Planned:
         loop,
         steps=steps,
         learning_rate=rate_at_width(loop.learning_rate, width, of=of, power=config.width_power),
-        warmup_steps=round(loop.warmup_steps * share),
+        # A share of it would leave short runs a handful of steps, from which they do not recover.
+        warmup_steps=min(loop.warmup_steps, round(_LONGEST_WARMUP * steps)),
         # The average reaches back the same share of the run.
         ema_decay=max(1 - (1 - loop.ema_decay) / share, 0.0) if loop.ema_decay else 0.0,
         evaluate_every=0,
