@@ -210,7 +210,7 @@ def require(equal: bool, what: str) -> None:
 
 
 def held(which: str) -> int:
-    """Bytes of memory of this process: ``VmRSS`` now, ``VmHWM`` at most. What ``getrusage`` says may be the parent's."""
+    """Bytes of memory of this process: ``VmRSS`` now, ``VmHWM`` at most; ``getrusage`` may tell the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
 
