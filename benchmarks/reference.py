@@ -144,6 +144,7 @@ def in_transformers(decoder: Decoder, vocabulary: Vocabulary) -> Any:
         max_position_embeddings=shape.max_position_embeddings,
         rms_norm_eps=shape.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        attention_dropout=shape.attention_dropout,
         pad_token_id=vocabulary.pad,
         bos_token_id=vocabulary.bos,
         eos_token_id=vocabulary.eos,

@@ -75,7 +75,7 @@ def prepare(folder: Path, steps: int) -> PretrainConfig:
         ema_decay=0.9,
         save_every=3,
         log_every=steps,
-        evaluate_every=0,
+        evaluate_every=4,
         precision="fp32",
         device="cpu",
         parallel=ParallelConfig(shard=PROCESSES),
@@ -153,9 +153,15 @@ def steps_done(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run) if line["kind"] == "train"]
 
 
+def evaluations(run: Path) -> list[dict[str, object]]:
+    """All evaluations in the figures."""
+    return [line for line in read_metrics(run) if line["kind"] == "evaluation"]
+
+
 def differences(run: Path, alone: Path) -> list[str]:
     """What is not the same to the bit in two finished runs."""
     found = [] if steps_done(run) == steps_done(alone) else ["the losses"]
+    found += [] if evaluations(run) == evaluations(alone) else ["the evaluations"]
     mine, other = latest(run / "checkpoints"), latest(alone / "checkpoints")
     if mine is None or other is None or mine.name != other.name:
         return [*found, "the last checkpoint"]

@@ -46,10 +46,14 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def computes_in_bfloat16(device: torch.device, precision: Precision) -> bool:
+    """Whether products are in bfloat16 there: if asked for or (``auto``) if faster."""
+    return precision == "bf16" or (precision == "auto" and has_fast_bfloat16(device))
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
     """Context in which matrix products and convolutions run in bfloat16, if asked for or (``auto``) if faster."""
-    enabled = precision == "bf16" or (precision == "auto" and has_fast_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bfloat16(device, precision))
 
 
 def numbers(values: Sequence[int], device: torch.device) -> Int64[Tensor, " n"]:

@@ -141,6 +141,8 @@ def remove_folder(path: Path) -> None:
         OSError: It may not be renamed.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    # Left by one that was killed and had the same number.
+    shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
     # Its name must be gone on the disk before its files are.
     fsync(path.parent)

@@ -16,7 +16,16 @@ from benchmarks.harness import Options, Unequal, main
 TINY = Options(pairs=1, toy=True)
 
 
-@pytest.mark.parametrize("name", ["useful-batch-fp32", "useful-all-bf16", "memory-184622", "overhead-fp32"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "useful-batch-fp32",
+        "useful-all-bf16",
+        "overhead-fp32",
+        # Two processes that import everything.
+        pytest.param("memory-184622", marks=pytest.mark.slow),
+    ],
+)
 def test_cases(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(training.CASES, ["--json", "--toy", "--pairs", "1", "--only", name], settings=training.SETTINGS) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -14,8 +14,10 @@ import torch
 import emulus
 from emulus.data.tokenize import TokenizeConfig, tokenize
 from emulus.errors import EmulusError
+from emulus.model import Decoder, sized
 from emulus.parallel.config import ParallelConfig
-from emulus.parallel.processes import Processes, running, settle
+from emulus.parallel.processes import Processes, first_host, running, settle
+from emulus.parallel.spread import spread
 from emulus.pipeline import Emulus
 from emulus.sequence import Batch
 from emulus.train.checkpoint import complete_checkpoints
@@ -91,6 +93,21 @@ def runs(config: PretrainConfig) -> Path:
     for steps, name in ((2, "shard 2 x tensor 2"), (4, "one"), (STEPS, "shard 4")):
         train_as(name, config, config.out / "changing", steps)
     return config.out
+
+
+EXTRAS = {"replicate 2": 0.2, "shard 2": 0.2, "tensor 2": 0.0, "shard 2 x context 2, recomputing": 0.0}
+
+
+@pytest.mark.parametrize("dropout", [0.2, 0.0])
+def test_muon_and_dropout_do_not_depend_on_the_layout(config: PretrainConfig, dropout: float) -> None:
+    """Dropout only where processes share neither rows nor matrices; Muon everywhere."""
+    loop = dataclasses.replace(config.train, optimizer="muon", steps=3, evaluate_every=0)
+    changed = dataclasses.replace(config, dropout=dropout, z_loss=1e-3, train=loop, evaluation_pictures=0)
+    out = config.out / f"muon {dropout}"
+    names = ["one", *(name for name, rate in EXTRAS.items() if rate == dropout)]
+    for name in names:
+        train_as(name, changed, out / name, steps=3)
+        assert figures(out / name, "loss") == pytest.approx(figures(out / "one", "loss"), abs=1e-5, rel=1e-5)
 
 
 def figures(run: Path, name: str, kind: str = "train") -> list[float]:
@@ -169,6 +186,23 @@ def test_sizes_must_multiply_to_the_processes() -> None:
         settle(ParallelConfig(shard=4), 6)
     with pytest.raises(EmulusError, match="torchrun --nproc-per-node 4"):
         settle(ParallelConfig(shard=2, context=2), 1)
+
+
+def test_what_does_not_go_together() -> None:
+    sizes = ParallelConfig(replicate=1, tensor=2, float8=True)
+    model = Decoder(sized("tiny", vocab_size=64))
+    with pytest.raises(EmulusError, match="float8 does not go together with tensor"):
+        spread(model, Processes(device=torch.device("cpu"), world=2, sizes=sizes))
+    tied = Decoder(sized("tiny", vocab_size=64, tie_word_embeddings=True))
+    with pytest.raises(EmulusError, match="head is the embedding"):
+        spread(tied, Processes(device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("gpu[007-010,012],cpu3", "gpu007"), ("a,b", "a"), ("one", "one"), ("n[3,5]", "n3")]
+)
+def test_slurms_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
 
 
 def test_who_does_what() -> None:

@@ -112,6 +112,30 @@ def test_sigterm_saves_first(tmp_path: Path) -> None:
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
 
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(CONFIG, Line(), whole)
+    with pytest.raises(Interrupted, match="step 10 of 24"):
+        train(CONFIG, Line(signal_at=9), stopped)
+    train(CONFIG, Line(), stopped)
+    evaluations = [[line for line in read_metrics(run) if line["kind"] == "evaluation"] for run in (whole, stopped)]
+    assert evaluations[0] == evaluations[1]
+    last = tmp_path / "last"
+    train(CONFIG, Line(signal_at=23), last)
+    assert [line for line in read_metrics(last) if line["kind"] == "evaluation"] == evaluations[0]
+
+
+def test_an_evaluation_that_failed_is_made_up_for(tmp_path: Path) -> None:
+    class Failing(Line):
+        def evaluate(self, model: nn.Sequential) -> Evaluation:
+            raise EmulusError("no")
+
+    with pytest.raises(EmulusError, match="no"):
+        train(dataclasses.replace(CONFIG, evaluate_every=0), Failing(), tmp_path)
+    train(dataclasses.replace(CONFIG, evaluate_every=0), Line(), tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "evaluation"] == [24]
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     train(CONFIG, Line(), tmp_path)
     before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
@@ -170,6 +194,16 @@ def test_not_finite_steps_are_skipped(tmp_path: Path) -> None:
     before = [parameter.clone() for parameter in objective.model.parameters()]
     train(TrainConfig(steps=2, device="cpu"), objective, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, objective.model.parameters(), strict=True))
+
+
+def test_a_run_without_hope_ends(tmp_path: Path) -> None:
+    class Broken(Line):
+        def loss(self, batch: Tensor, step_weight: float) -> StepLoss:
+            result = super().loss(batch, step_weight)
+            return dataclasses.replace(result, total=result.total * float("inf"))
+
+    with pytest.raises(EmulusError, match="100 steps in a row"):
+        train(dataclasses.replace(CONFIG, steps=200, save_every=1000, evaluate_every=0), Broken(), tmp_path)
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from emulus.device import numbers
 from emulus.errors import EmulusError
 
 Backend = Literal["auto", "sdpa", "varlen", "flex"]
@@ -70,7 +71,8 @@ class Row:
         key = (chunk, device)
         if key not in self._cache:
             ends = [[0, *accumulate(lengths)] for lengths in zip(*chunk.pieces, strict=True)]
-            self._cache[key] = tuple(torch.tensor(end, dtype=torch.int32, device=device) for end in ends)
+            # A GPU gets them without being waited for.
+            self._cache[key] = tuple(numbers(end, device).to(torch.int32) for end in ends)
         found: tuple[Tensor, Tensor] = self._cache[key]
         return found
 

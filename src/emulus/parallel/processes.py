@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from emulus.errors import EmulusError
 from emulus.log import logger
 from emulus.parallel.config import ParallelConfig
 
+# How long a process waits for the others: they may be reading a large model, or drawing.
+_PATIENCE = timedelta(minutes=30)
 # Newer names of the same calls; the older ones warn.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -108,14 +112,18 @@ def start_processes(sizes: ParallelConfig, device: str) -> Processes:
     world, rank = (_number(name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     settled = settle(sizes, world)
     if world == 1:
-        return Processes(device=pick_device(device), sizes=settled)
+        alone = pick_device(device)
+        if alone.type == "cuda" and alone.index is not None:
+            torch.cuda.set_device(alone)
+        return Processes(device=alone, sizes=settled)
     chosen = pick_device(device)
     if chosen.type == "cuda":
-        chosen = pick_device(f"cuda:{_number('LOCAL_RANK', rank)}")
+        # A task of Slurm may see only the GPU that is its own.
+        chosen = pick_device(f"cuda:{_number('LOCAL_RANK', rank) % torch.cuda.device_count()}")
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         # Numbers of the host go over gloo, so that asking for them never waits for a GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     if rank:
         logger.setLevel(logging.ERROR)
     weights = (settled.replicate, settled.shard * settled.context, settled.tensor)
@@ -184,9 +192,15 @@ def _from_slurm(environment: MutableMapping[str, str]) -> None:
         return
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     environment.update({name: environment[slurm] for name, slurm in names.items() if slurm in environment})
-    environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    environment.setdefault("MASTER_ADDR", first_host(environment.get("SLURM_JOB_NODELIST", "127.0.0.1")))
     # One port per job, so that two jobs on a machine do not meet.
     environment.setdefault("MASTER_PORT", str(20_000 + _number("SLURM_JOB_ID", 0, environment) % 20_000))
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of machines: ``gpu[007-010,012],cpu3`` begins with ``gpu007``."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def _number(name: str, default: int, environment: Mapping[str, str] | None = None) -> int:

@@ -30,6 +30,10 @@ def spread(model: Decoder, processes: Processes, *, bfloat16: bool = False) -> N
         EmulusError: The model cannot be shared out so.
     """
     sizes = processes.sizes
+    if model.config.tie_word_embeddings:
+        raise EmulusError("models whose head is the embedding are not trained; set tie_word_embeddings to false")
+    if sizes.float8 and sizes.tensor > 1:
+        raise EmulusError("float8 does not go together with tensor parallelism; set one of the two off")
     if sizes.tensor > 1:
         assert processes.weights is not None, "several processes have a mesh"
         _tensor_parallel(model, processes.weights["tensor"])
@@ -81,8 +85,6 @@ def _tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
     plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     parallelize_module(model, mesh, plan)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 @torch.no_grad()

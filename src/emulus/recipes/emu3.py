@@ -3,7 +3,7 @@
 Published (arXiv:2409.18869, section 2.4): the shape; contexts of 5,120 and 131,072 ids; text and pictures first, clips
 added then; pictures of about 512 x 512 pixels with their aspect kept, never split when documents are packed; every id
 learned, visual ones with weight 0.5; 5e-5 falling to 0 along a cosine in both stages; tensor, context and data
-parallelism of degrees that are not said. The dropout rate is that of the released configuration.
+parallelism of degrees that are not said. There is no dropout (the released configuration has 0.1).
 
 Not published, so choices of this project: the data and how it is mixed, ids per step, steps, warm-up, how many
 documents begin with their caption, and how the work is shared out. Weight decay, betas and the largest gradient norm
@@ -76,12 +76,15 @@ def emu3_8b_stage1(data: Path = Path("data"), runs: Path = Path("runs/emu3-8b"))
             out=runs / "stage1",
             size="emu3-8b",
             context=_CONTEXT,
-            dropout=0.1,
+            # The kernels that take packed documents in one call have no dropout.
+            dropout=0.0,
             # Several documents to a row: one of 5,120 would leave a sixth of it empty beside each picture.
             row_tokens=3 * _CONTEXT,
             rows_per_step=256,
             reading=ReadingConfig(visual_weight=0.5),
             evaluation_documents=512,
+            # Drawing takes the whole model on one GPU.
+            evaluation_pictures=0,
             train=_TRAIN,
             defaults=_DEFAULTS,
         ),

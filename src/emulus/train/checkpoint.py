@@ -122,6 +122,16 @@ class Checkpoints:
         else:
             self._write(job)
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way here."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save failed and nobody was told yet; :meth:`wait` tells."""
+        return self._error is not None
+
     def wait(self) -> None:
         """Wait for the save under way.
 

@@ -25,11 +25,11 @@ from emulus.train.average import Average
 from emulus.train.checkpoint import Checkpoints
 from emulus.train.config import TrainConfig
 from emulus.train.flops import peak_flops
-from emulus.train.metrics import MetricsLog, StepLine, profiled
+from emulus.train.metrics import MetricsLog, StepLine, profiled, read_metrics
 from emulus.train.objective import Evaluation, Objective, StepLoss
 from emulus.train.optimizer import clip_, make_optimizer, total_norm
 from emulus.train.schedule import learning_rate
-from emulus.train.watch import Watch
+from emulus.train.watch import MOST_NOT_FINITE, Watch
 
 CHECKPOINTS = "checkpoints"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -63,11 +63,14 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
     with peers(objective.processes):
         loop = _Loop(config, objective, run)
         start = loop.resume()
-        if start >= config.steps:
+        missing = loop.evaluation_is_missing(start)
+        if start >= config.steps and not missing:
             logger.info(f"{run} is complete ({start} steps)")
             return loop.final_model()
         loop.begin(start)
         try:
+            if missing:
+                loop.evaluate(start)
             with _interrupts() as interrupts, profiled(config.profile_steps, run / "profile") as profiler:
                 loop.interrupts = interrupts
                 for step in range(start, config.steps):
@@ -130,13 +133,28 @@ class _Loop:
         if done % config.log_every == 0 or done == config.steps:
             self.line.show(done, figures)
         # Saved first: what goes wrong in an evaluation costs no training.
-        if _due(config.save_every, done, config.steps) or stop:
+        saves, evaluates = (_due(every, done, config.steps) for every in (config.save_every, config.evaluate_every))
+        if saves or stop:
             self.save(done)
             self.line.restart()
-        if _due(config.evaluate_every, done, config.steps) and not stop:
-            self.evaluate(done)
-            self.line.restart()
-        return stop and done < config.steps
+        stop = stop and done < config.steps
+        if evaluates and not stop:
+            # Asked again, since an evaluation may take long; it is made up for when the run goes on.
+            stop = done < config.steps and bool(self.processes.gather([float(bool(self.interrupts))]).any())
+            if stop and not saves:
+                self.save(done)
+            if not stop:
+                self.evaluate(done)
+                self.line.restart()
+        return stop
+
+    def evaluation_is_missing(self, step: int) -> bool:
+        """Whether a run that was stopped at this step still owes its evaluation. All processes must call it."""
+        missing = False
+        if self.processes.first and step and _due(self.config.evaluate_every, step, self.config.steps):
+            evaluated = {line["step"] for line in read_metrics(self.run) if line["kind"] == "evaluation"}
+            missing = step not in evaluated
+        return bool(self.processes.gather([float(missing)])[0, 0])
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any], bool]:
         """One optimiser step.
@@ -169,6 +187,11 @@ class _Loop:
             self.optimizer.step()
         else:
             self.log.note(step + 1, f"step {step + 1}: the gradient's norm is {size:.4g}; the step was skipped")
+            if self.watch.is_hopeless:
+                raise EmulusError(
+                    f"the gradient was not finite in {MOST_NOT_FINITE} steps in a row; go on from an older checkpoint "
+                    f"of {self.run} (delete the newer ones) with a lower learning rate"
+                )
         self.optimizer.zero_grad(set_to_none=True)
         # Nor may the objective learn from it.
         extra = objective.after_step(step, config.steps) if kept else {}
@@ -186,8 +209,8 @@ class _Loop:
             # computes it.
             torch.manual_seed(mix(self.config.seed, step, objective.number(place), processes.context_rank))
             if isinstance(self.model, FSDPModule):
-                # The processes' gradients are added up once, after the last batch.
-                self.model.set_requires_gradient_sync(place == len(batches) - 1)
+                # Shards are added up after every batch, or each process would hold all gradients; copies only once.
+                self.model.set_requires_all_reduce(place == len(batches) - 1)
             with self._autocast():
                 loss = objective.loss(batch, step_weight)
             # Sharding takes the mean over the processes where the sum is wanted.
@@ -204,18 +227,26 @@ class _Loop:
         for name in names:
             totals += [sum(float(loss.figures[name][part]) for loss in losses) for part in (0, 1)]
         totals += [float(sum(loss.items for loss in losses)), sum(loss.flops for loss in losses)]
-        everyone = self.processes.gather([*totals, wait, busy, float(bool(self.interrupts))])
+        saving, failed = self.checkpoints.saving, self.checkpoints.failed
+        asked = [float(saving), float(failed), float(bool(self.interrupts))]
+        everyone = self.processes.gather([*totals, wait, busy, *asked])
         sums = everyone[:: self.processes.sizes.tensor].sum(0).tolist()
         figures = {"loss": sums[0]}
         for place, name in enumerate(names):
             total, weight = sums[1 + 2 * place : 3 + 2 * place]
             if weight:
                 figures[name] = total / weight
-        for note in (self.watch.loss(step + 1, sums[0]), self.watch.seconds(everyone[:, -2].tolist())):
+        saving, failed, stop = (bool(each) for each in everyone[:, -3:].any(0))
+        notes = [self.watch.loss(step + 1, sums[0])]
+        # Writing takes processor time, too, of the first process most.
+        notes += [] if saving else [self.watch.seconds(everyone[:, -4].tolist())]
+        for note in notes:
             if note:
                 self.log.note(step + 1, note)
-        counts = {"items": round(sums[-5]), "flops": sums[-4], "wait": float(everyone[:, -3].max())}
-        return figures, counts, bool(everyone[:, -1].any())
+        if failed:
+            self.checkpoints.wait()
+        counts = {"items": round(sums[-7]), "flops": sums[-6], "wait": float(everyone[:, -5].max())}
+        return figures, counts, stop
 
     def _autocast(self) -> AbstractContextManager[None]:
         return autocast(self.device, self.config.precision)
@@ -270,9 +301,14 @@ class _Loop:
                 f"{path} was trained on other data (or ids that mean something else) than given now; "
                 f"choose another --out, or delete {self.run} to start over"
             )
-        self.watch.load_state(values["watch"])
-        self.objective.load_reading_state(values["reading"])
-        return int(values["step"])
+        try:
+            self.watch.load_state(values["watch"])
+            self.objective.load_reading_state(values["reading"])
+            return int(values["step"])
+        except KeyError as error:
+            raise EmulusError(
+                f"{path}/trainer.json lacks {error}; delete {path} to go on from the checkpoint before it"
+            ) from None
 
     def save_config(self) -> None:
         """Write ``config.yaml``, and say what differs from the run's so far."""

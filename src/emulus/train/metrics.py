@@ -196,7 +196,7 @@ def profiled(steps: int, folder: Path) -> Iterator[Profiler]:
     with torch.profiler.profile(
         activities=activities,
         schedule=torch.profiler.schedule(wait=PROFILED_FROM - 2, warmup=1, active=steps, repeat=1),
-        on_trace_ready=lambda profile: _save_profile(profile, folder),
+        on_trace_ready=lambda profile: _save_profile(profile, steps, folder),
         record_shapes=True,
     ) as profile:
         yield Profiler(profile)
@@ -214,13 +214,13 @@ class Profiler:
             self._profile.step()
 
 
-def _save_profile(profile: torch.profiler.profile, folder: Path) -> None:
+def _save_profile(profile: torch.profiler.profile, steps: int, folder: Path) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(folder / TRACE_FILE))
-    longest = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    longest = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     write_text(folder / TABLE_FILE, profile.key_averages().table(sort_by=longest, row_limit=30))
-    logger.info(f"profile of {profile.step_num} steps in {folder}")
+    logger.info(f"profile of {steps} steps in {folder}")
 
 
 def _shown(name: str, value: float) -> str:

@@ -244,8 +244,8 @@ def _process_lines(config: PretrainConfig, sizes: ParallelConfig) -> list[str]:
     ]
     if config.rows_per_step % copies:
         lines.append(
-            f"  {config.rows_per_step:,} rows cannot be dealt out evenly to {copies:,}: some processes wait; make "
-            "--rows-per-step a multiple"
+            f"  {config.rows_per_step:,} rows cannot be dealt out evenly to {copies:,}, and the run would be refused; "
+            "make --rows-per-step a multiple"
         )
     return lines
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from emulus.bundle import Bundle
 from emulus.data.loader import Loader, Mixture, ReadingConfig, held_out
-from emulus.device import pick_device
+from emulus.device import computes_in_bfloat16, pick_device
 from emulus.errors import EmulusError, at_least
 from emulus.hub import fetch
 from emulus.layouts.contents import inspect_folder
 from emulus.model import Decoder, DecoderConfig, sized
-from emulus.model.attention import Row
+from emulus.model.attention import Backend, Row
 from emulus.model.loss import Losses
 from emulus.model.transformer import fresh
 from emulus.model.weights import expected_shapes
@@ -59,6 +59,8 @@ class PretrainConfig:
         rows_per_step: Rows in each optimiser step, over all processes.
         window: Documents that are packed together; more fill the rows better.
         reading: How documents are made of what is stored.
+        attention: How documents attend: ``sdpa`` one by one; ``varlen`` (GPUs, 16 bits, no dropout) and ``flex`` (GPUs,
+            no dropout) all at once; ``auto`` takes varlen where it can.
         z_loss: Weight of the squared log-partition in the loss, which keeps logits small; 0 in the paper.
         evaluation_documents: Held-out documents measured at each evaluation, half of each order.
         evaluation_pictures: Held-out captions drawn at each evaluation, on a sheet of true pictures above drawn ones.
@@ -75,6 +77,7 @@ class PretrainConfig:
     rows_per_step: int = 2
     window: int = 1024
     reading: ReadingConfig = field(default_factory=ReadingConfig)
+    attention: Backend = "auto"
     z_loss: float = 0.0
     evaluation_documents: int = 64
     evaluation_pictures: int = 8
@@ -143,7 +146,7 @@ class PretrainObjective(Objective[Batch, Decoder]):
     def _make_model(self) -> Decoder:
         config, shape = self.config, self.shape()
         model = on_meta(lambda: Decoder(shape))
-        bfloat16 = self.device.type == "cuda" and config.train.precision != "fp32"
+        bfloat16 = self.device.type == "cuda" and computes_in_bfloat16(self.device, config.train.precision)
         spread(model, self.processes, bfloat16=bfloat16)
         weights = stored_weights(config.init, shape, self.vocabulary) if config.init else None
 
@@ -213,10 +216,11 @@ class PretrainObjective(Objective[Batch, Decoder]):
         """Losses of the part of a row that is here; which of them are of each modality; how many ids are here."""
         useful = len(batch.input_ids)
         # Its parts must be equally long; and libraries prepare, and keep what they prepared, for each other length.
-        unit = math.lcm(64, 2 * self.processes.sizes.context)
-        length = self.config.row_tokens if self.processes.sizes.compile else -(-useful // unit) * unit
+        unit = 64 * self.processes.sizes.context
+        # Compiled code likes to see one length.
+        length = -(-(self.config.row_tokens if self.processes.sizes.compile else useful) // unit) * unit
         batch = pad(batch, length, self.vocabulary) if length > useful else batch
-        row, here = slice_row(Row.whole(batch.document_lengths), self.processes)
+        row, here = slice_row(Row.whole(batch.document_lengths, self.config.attention), self.processes)
         weights = batch.loss_weights[here]
         supervised = (weights > 0).nonzero()[:, 0]
         chosen = here[supervised]

@@ -18,6 +18,7 @@ LEAST_SLOWER = 0.1
 MOST_IN_A_ROW = 8
 # Below this share of the mean a rise is no spike, however even the losses were before.
 LEAST_RISE = 0.01
+MOST_NOT_FINITE = 100
 
 
 class Watch:
@@ -40,6 +41,7 @@ class Watch:
         self._norms: deque[float] = deque(maxlen=NORMS)
         self._losses: deque[float] = deque(maxlen=LOSSES)
         self._in_a_row = 0
+        self._not_finite = 0
         # Not part of the state: times are of this machine and decide nothing.
         self._times: list[Sequence[float]] = []
 
@@ -51,7 +53,9 @@ class Watch:
         """
         if not math.isfinite(norm):
             self.skipped += 1
+            self._not_finite += 1
             return True
+        self._not_finite = 0
         known = self.skip_norm > 0 and len(self._norms) >= LEAST_NORMS
         if known and norm > self.skip_norm * statistics.median(self._norms):
             if self._in_a_row < MOST_IN_A_ROW:
@@ -62,6 +66,11 @@ class Watch:
         self._in_a_row = 0
         self._norms.append(norm)
         return False
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether so many norms in a row were not finite that none will be."""
+        return self._not_finite >= MOST_NOT_FINITE
 
     def loss(self, step: int, loss: float) -> str | None:
         """Look at a step's loss.
