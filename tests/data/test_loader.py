@@ -317,6 +317,14 @@ def test_folders_of_other_tokenizers_are_refused(media: Path, words: Path, tmp_p
         ({"world": 2, "rank": 2}, "cannot be shared"),
         ({"rows_per_step": 0}, "rows_per_step must be at least 1"),
         ({"window": 0}, "window must be at least 1"),
+        (
+            {"state": {"step": 1, "window": 2, "row": 0, "window_size": 64, "row_tokens": ROW}},
+            "window was 64 in this run",
+        ),
+        (
+            {"state": {"step": 1, "window": 2, "row": 0, "window_size": 32, "row_tokens": 9}},
+            "row_tokens was 9 in this run",
+        ),
         ({"state": {"step": 1, "window": 0}}, "no state of a loader"),
         ({"state": {"step": 1, "window": 0, "row": "2"}}, "no state of a loader"),
     ],

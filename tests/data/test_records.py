@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ from emulus.data.records import (
     Skipped,
     Span,
     add_to_manifest,
+    end_of_lines,
     lengths_path,
+    only_run,
     pack_record,
     read_lengths,
     read_manifest,
@@ -169,6 +172,17 @@ def test_nothing_is_left_of_a_shard_whose_records_fail(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_record_is_left_out_where_that_is_wanted(shard: Path, tmp_path: Path) -> None:
+    wrong = record("image", [2, 4], id="wrong", score=math.nan)
+    skipped: list[Skipped] = []
+    figures = write_shard(tmp_path / shard.name, [MANY[0], wrong, *MANY[1:]], skipped)
+    assert figures.sha256 == shard_digest(shard)
+    assert [each.id for each in skipped] == ["wrong"]
+    assert "is no number" in skipped[0].reason
+    with pytest.raises(EmulusError, match="is no number"):
+        write_shard(tmp_path / shard.name, [wrong])
+
+
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     signal = pytest.importorskip("signal")
@@ -260,6 +274,37 @@ def test_the_manifest_keeps_whole_lines_only(tmp_path: Path) -> None:
     add_to_manifest(tmp_path, line(1, rows=9))
     assert [each.rows for each in read_manifest(tmp_path)] == [2, 9]
     assert (first.split, first.kind, first.number) == ("train", "image", 1)
+
+
+class Counting(io.BytesIO):
+    """Says how many bytes were read."""
+
+    asked = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(size)
+        self.asked += len(found)
+        return found
+
+
+@pytest.mark.parametrize("torn", [0, 1, 65_535, 65_536, 65_537, 200_000])
+@pytest.mark.parametrize("whole", [b"", b"\n", b"a line\n", b"x" * 70_000 + b"\n", b"a line\n" * 100_000])
+def test_only_the_end_of_a_file_of_lines_is_read(whole: bytes, torn: int) -> None:
+    file = Counting(whole + b"t" * torn)
+    assert end_of_lines(file) == len(whole)
+    assert file.asked <= torn + 2 * 65_536
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "tokens"
+    with only_run(folder):
+        with pytest.raises(EmulusError, match=r"another run is writing to .*tokens; wait") as caught, only_run(folder):
+            pass
+        assert "\n" not in str(caught.value)
+        add_to_manifest(folder, line(0))
+    with only_run(folder):
+        assert read_manifest(folder) == [line(0)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from emulus.data.media_dataset import decode_item
 from emulus.data.source import SPLITS, Item, Source, open_source, split_of_key
 from emulus.errors import EmulusError
 
@@ -158,7 +160,7 @@ def test_hugging_face_parquet_in_parts(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data" / "train-00000.parquet", first)
     write_parquet(tmp_path / "data" / "train-00001.parquet", second)
     source = open_source(tmp_path)
-    assert [item.id for item in source][:2] == ["train-00000/0", "train-00001/0"]
+    assert [item.id for item in source][:2] == ["data/train-00000/0", "data/train-00001/0"]
     assert [item.media for item in source[:3]] == [picture(1), picture(2), tmp_path / "data" / "beside.png"]
     with pytest.raises(EmulusError, match=r"row 1 of group 2: '\.\./beside\.png' is outside"):
         _ = source[3].media
@@ -204,7 +206,11 @@ def test_a_broken_medium_does_not_keep_the_others_from_being_read(folder: Path) 
         ({"caption": ["a", 3]}, "line 2: 'caption' is neither a text nor a list of texts"),
         ({"split": "tran"}, r"line 2: the split 'tran' is unknown; did you mean 'train'\?"),
         ({"kind": "movie"}, "line 2: the kind 'movie' is unknown; did you mean 'video'"),
+        ({"file": "x" * 5000}, "line 2: 'x{100}'... cannot be looked for"),
+        ({"file": "a\nb.png"}, r"line 2: 'a\\nb.png' is not in"),
         ({"fps": "fast"}, "line 2: fps 'fast' is not a number"),
+        ({"fps": 1e-9}, "line 2: fps '1e-09' is not a number from 0.001 to 999.999"),
+        ({"fps": 999.9996}, "line 2: fps '999.9996' is not a number"),
         ({"fps": -1}, "line 2: fps '-1' is not a number"),
         ({"fps": float("nan")}, "line 2: fps 'nan' is not a number"),
         ({"score": "good"}, "line 2: score 'good' is not a number"),
@@ -312,3 +318,59 @@ def test_two_items_of_one_id_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set.parquet", [{"image": picture(n), "text": "dot", "id": "same"} for n in range(2)])
     with pytest.raises(EmulusError, match="has the id 'same' of an earlier item"):
         open_source(tmp_path)
+
+
+def test_tables_of_one_name_in_several_folders(folder: Path) -> None:
+    for split in ("train", "test"):
+        (folder / "default" / split).mkdir(parents=True)
+        write_parquet(folder / "default" / split / "0000.parquet", [{"image": picture(), "text": split}])
+    assert [item.id for item in open_source(folder)] == ["default/test/0000/0", "default/train/0000/0"]
+    assert [item.id for item in open_source(folder / "default/*/0000.parquet")] == ["test/0000/0", "train/0000/0"]
+    assert [item.id for item in open_source(folder / "default" / "train" / "0000.parquet")] == ["0000/0"]
+
+
+def test_tables_in_several_folders_that_name_files_alike(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture())
+        write_jsonl(tmp_path / name / "captions.jsonl", [{"file": "0.png", "caption": name}] * 2)
+    assert {item.id: item.captions for item in open_source(tmp_path)} == {"a/0.png": ("a",), "b/0.png": ("b",)}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_small_parquet_of_endless_words_is_refused(tmp_path: Path, nested: bool) -> None:
+    path = tmp_path / "set.parquet"
+    words: Any = "a" * 2**20
+    captions = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), [words])
+    columns = {"image": [b"x"] * 300, "caption": captions}
+    if nested:
+        columns["caption"] = pa.ListArray.from_arrays(list(range(301)), captions)
+    pq.write_table(pa.table(columns), path, compression="zstd", dictionary_pagesize_limit=2**24)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(EmulusError, match=r"set\.parquet unpacks to far more words"):
+        open_source(path)
+    write_parquet(path, [{"image": picture(), "caption": "a" * (2**24 + 1)}])
+    with pytest.raises(EmulusError, match=r"set\.parquet has words of more than the 16,777,216 bytes"):
+        open_source(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(own=st.floats(0.5, 60), target=st.none() | st.floats(0.5, 60), most=st.integers(1, 9))
+def test_a_clip_that_is_cut_is_the_start_of_the_whole(own: float, target: float | None, most: int) -> None:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), (20 * number, 0, 0)) for number in range(12)]
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    item = Item(id="a", kind="video", captions=("a",), split="train", stored=buffer.getvalue(), fps=own)
+    whole, rate = decode_item(item, size=4, fps=target)
+    part, same = decode_item(item, size=4, fps=target, max_frames=most)
+    assert part.tolist() == whole[:most].tolist()
+    assert rate == same == (target or own)
+
+
+def test_rates_that_would_make_endless_clips_are_refused() -> None:
+    item = Item(id="slow", kind="video", captions=("a",), split="train", stored=animation(), fps=0.001)
+    assert len(decode_item(item, size=4, fps=8.0, max_frames=3)[0]) == 3
+    with pytest.raises(EmulusError, match=r"slow: a clip of 3 frames at 0\.001 per second, brought to 8, has 24,000"):
+        decode_item(item, size=4, fps=8.0)
+    with pytest.raises(EmulusError, match="slow: fps '1e-09' is not a number"):
+        decode_item(replace(item, fps=1e-9), size=4, fps=8.0, max_frames=3)

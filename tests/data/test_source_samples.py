@@ -249,3 +249,41 @@ def test_damage_raises_nothing_else(tmp_path_factory: pytest.TempPathFactory, ch
             _ = item.media
     except EmulusError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_tar_of_texts(tmp_path: Path) -> None:
+    files = {
+        "0.txt": "赤い".encode(),
+        "1.txt": b"one",
+        "1.json": b'{"split": "test", "score": 2}',
+        "2.json": b'{"text": "two",\n"kind": "text"}',
+        "3.json": b'{"url": "x"}',
+        "4.txt": b"\xff",
+    }
+    source = open_source(write_tar(tmp_path / "t.tar", files))
+    assert [(item.kind, item.captions) for item in source] == [("text", ())] * 5
+    assert [item.text for item in source[:3]] == ["赤い", "one", "two"]
+    assert (source[1].split, source[1].score) == ("test", 2.0)
+    for item, message in zip(source[3:], ("t/3 has no column text", "t/4 .*is not UTF-8"), strict=True):
+        with pytest.raises(EmulusError, match=message):
+            _ = item.text
+    mixed = {**files, "5.png": picture("PNG"), "5.txt": b"five"}
+    kinds = [item.kind for item in open_source(write_tar(tmp_path / "t.tar", mixed))]
+    assert kinds == ["image", "image", "text", "image", "image", "image"]
+
+
+def test_pictures_that_share_a_name_are_not_chosen_from(tmp_path: Path) -> None:
+    files = {
+        "0.jpg": picture("JPEG"),
+        "0.png": picture("PNG"),
+        "1.png": picture("PNG"),
+        "1.PNG": picture("PNG"),
+        "2.gif": picture("GIF", frames=2),
+        "2.jpg": picture("JPEG"),
+        **{f"{number}.txt": b"words" for number in range(3)},
+    }
+    first, second, clip = open_source(write_tar(tmp_path / "t.tar", files))
+    for item, names in ((first, r"\.jpg, \.png"), (second, r"\.png, \.PNG")):
+        with pytest.raises(EmulusError, match=f"has several media \\({names}\\)"):
+            _ = item.media
+    assert (clip.kind, clip.media) == ("video", files["2.gif"])

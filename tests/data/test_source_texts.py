@@ -85,6 +85,44 @@ def test_patterns_name_several_files(tmp_path: Path) -> None:
         open_source(tmp_path / "a" / "*")
 
 
+def test_patterns_over_links_that_lead_elsewhere(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        (tmp_path / "blobs" / name).write_text(name)
+        (tmp_path / "snap" / name).mkdir(parents=True)
+        (tmp_path / "snap" / name / "0.txt").symlink_to(tmp_path / "blobs" / name)
+    source = open_source(tmp_path / "snap" / "*" / "*.txt")
+    assert {item.id: item.text for item in source} == {"test/0.txt": "test", "train/0.txt": "train"}
+    assert {item.source for item in source} == {"snap"}
+
+
+def test_long_texts_and_empty_ids_in_csv(tmp_path: Path) -> None:
+    texts = ["words " * 30_000, "b"]
+    write_table(tmp_path / "web.csv", [{"id": "", "text": text} for text in texts])
+    source = open_source(tmp_path)
+    assert [(item.id, item.text) for item in source] == [("web/0", texts[0]), ("web/1", texts[1])]
+
+
+@pytest.mark.parametrize("name", ["web.jsonl", "web.parquet", "web.csv", "web.txt"])
+def test_marks_tell_other_words(tmp_path: Path, name: str) -> None:
+    def marks(texts: list[str]) -> list[object]:
+        if name.endswith(".txt"):
+            for number, text in enumerate(texts):
+                (tmp_path / f"{number}.txt").write_text(text)
+        else:
+            write_table(tmp_path / name, [{"text": text} for text in texts])
+        return [item.mark for item in open_source(tmp_path)]
+
+    before = marks(["red", "blue"])
+    assert len(set(before)) == 2
+    assert marks(["red", "blue"]) == before
+    assert marks(["red", "lube"])[1] != before[1]
+    (item, *_) = open_source(tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert item.mark is None or name in ("web.jsonl", "web.csv")
+
+
 def test_a_line_that_changed_is_found_out(tmp_path: Path) -> None:
     table = tmp_path / "web.jsonl"
     write_table(table, [{"text": "first"}, {"text": "second"}])

@@ -7,12 +7,15 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -21,9 +24,9 @@ import torch
 
 from emulus.bundle import load_bundle
 from emulus.config import write_yaml
-from emulus.data.encoder import Unit, run_ahead
+from emulus.data.encoder import Encoder, Unit, run_ahead
 from emulus.data.media_dataset import MediaDataset, decode_item, shifted, to_pixels, whole_codes
-from emulus.data.records import MANIFEST, Record, Shard, read_manifest
+from emulus.data.records import MANIFEST, Record, Shard, ShardLine, only_run, read_manifest
 from emulus.data.source import Item, Kind, open_source
 from emulus.data.tokenize import TokenizeConfig, plan, tokenize
 from emulus.data.tokens import Tokens
@@ -286,6 +289,22 @@ def test_finished_is_not_done_again(config: TokenizeConfig) -> None:
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
 
 
+class CountingPath(type(Path())):  # type: ignore[misc]
+    """Notes what is read."""
+
+    asked: ClassVar[list[str]] = []
+
+    def read_bytes(self) -> bytes:
+        self.asked.append(self.name)
+        return super().read_bytes()
+
+
+def test_the_manifest_is_read_once_however_many_shards_there_are(config: TokenizeConfig) -> None:
+    CountingPath.asked.clear()
+    tokenize(dataclasses.replace(config, out=CountingPath(config.out)))
+    assert CountingPath.asked.count(MANIFEST) == 1
+
+
 def test_only_what_is_missing_is_made(config: TokenizeConfig, tmp_path: Path) -> None:
     """A shard that was deleted, one without a line, a line that was torn: made again, to the same bytes."""
     torn = dataclasses.replace(config, out=tmp_path / "torn")
@@ -328,6 +347,43 @@ def test_killed_and_resumed(config: TokenizeConfig, tmp_path: Path) -> None:
     tokenize(mine)
     assert {name: (mine.out / name).stat().st_mtime_ns for name in kept} == kept
     assert files(mine.out) == files(config.out)
+
+
+def runs(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_of_stopped_workers(config: TokenizeConfig, tmp_path: Path, how: signal.Signals) -> None:
+    """Neither a process nor, after the next run, a file."""
+    mine = dataclasses.replace(config, out=tmp_path / "killed", workers=2)
+    write_yaml(tmp_path / "config.yaml", mine)
+    arguments = ["tokenize", str(mine.sources[0]), "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen([sys.executable, "-m", "emulus", *arguments], start_new_session=True)
+    # As soon as it has begun, since it is done within a second.
+    while process.poll() is None and not (mine.out / "making.json").exists():
+        time.sleep(0.0005)
+    process.send_signal(how)
+    assert process.wait() == (-9 if how == signal.SIGKILL else 143)
+    until = time.monotonic() + 20
+    while runs(process.pid) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not runs(process.pid)
+    for name in (".train-image-00000.1.tmp.arrayrecord", ".train-video-00000.lengths.1.tmp.safetensors"):
+        (mine.out / name).write_bytes(b"half")
+    tokenize(dataclasses.replace(mine, workers=1))
+    assert files(mine.out) == files(config.out)
+
+
+def test_only_one_run_writes_to_a_folder(config: TokenizeConfig, tmp_path: Path) -> None:
+    mine = dataclasses.replace(config, out=tmp_path / "mine")
+    with only_run(mine.out), pytest.raises(EmulusError, match="another run is writing to"):
+        tokenize(mine)
+    tokenize(mine)
 
 
 def test_two_processes_make_the_same(config: TokenizeConfig, tmp_path: Path) -> None:
@@ -397,6 +453,105 @@ def test_items_that_cannot_be_read_are_listed(
     place = next(number for number, item in enumerate(items) if item.id.startswith("3."))
     assert torch.equal(dataset[place], dataset[place + 1])
     assert len(dataset.bad) == 1
+
+
+def encoded(encoder: Encoder, unit: Unit, out: Path) -> tuple[list[str], dict[str, str]]:
+    """Whose records were written, and what was left out, once each."""
+    line: ShardLine = encoder.make(unit)
+    assert len({each.id for each in line.skipped}) == len(line.skipped)
+    shard = Shard(out / line.name)
+    return [record.id for record in shard.read(range(len(shard)))], dict(line.skipped)
+
+
+def test_what_no_document_can_hold_is_left_out(config: TokenizeConfig, few: Path, tmp_path: Path) -> None:
+    """Wherever it is found out: before it is encoded, or when its record is written."""
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out, ignore=shutil.ignore_patterns("*.arrayrecord", "*.lengths.*", MANIFEST))
+    encoder = Encoder(dataclasses.replace(config, out=out), "cpu")
+    clip = open_source(few).select(split="train", kind="video")[0]
+    slow = dataclasses.replace(clip, id="slow", fps=0.0004)
+    many = dataclasses.replace(clip, id="many", captions=("a",) * 70_000)
+    odd = dataclasses.replace(clip, id="odd", score=float("nan"))
+    torn = dataclasses.replace(clip, id="torn", captions=("\ud800",))
+    items = (slow, many, clip, odd, torn)
+    kept, skipped = encoded(encoder, Unit(split="train", kind="video", number=0, items=items), out)
+    assert kept == [clip.id] * 2
+    assert skipped.keys() == {"slow", "many", "odd", "torn"}
+    assert "0.0004" in skipped["slow"]
+    assert "number of captions" in skipped["many"]
+    encoder.grammar.max_cells = 31
+    kept, skipped = encoded(encoder, Unit(split="train", kind="video", number=1, items=(clip,)), out)
+    assert not kept
+    assert "more than 31 cells" in skipped[clip.id]
+
+
+def test_a_text_that_the_text_tokenizer_gives_up_on(published: Path, tmp_path: Path) -> None:
+    """The released tokenizer panics at a million blanks."""
+    table = tmp_path / "t.jsonl"
+    rows = [{"text": text, "split": "train"} for text in ("one", " " * 1_000_000 + "x", "two")]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = str(published / "Emu3-Gen")
+    vision = published / "Emu3-VisionTokenizer"
+    out = tokenize(TokenizeConfig(sources=(table,), vocabulary=words, vision=vision, out=tmp_path / "out"))
+    assert len(records(out, "train")) == 2
+    ((skipped,),) = (line.skipped for line in read_manifest(out))
+    assert "cannot be divided into ids" in skipped.reason
+
+
+def test_what_is_longer_than_a_context_is_left_out(model: Path, tiny: Emulus, tmp_path: Path) -> None:
+    """Its longest document counts: with its longest caption, or a question and its answer."""
+    pair = {"question": "what is that?", "answer": "a square"}
+    words = [{"captions": ["a"]}, {"captions": ["a", "a long caption"]}, {"captions": ["a"], "questions": [pair]}]
+    members = {f"{number}.png": png(16, 16) for number in range(3)}
+    members |= {f"{n}.json": json.dumps({**each, "split": "train"}).encode() for n, each in enumerate(words)}
+    tar = in_tar(tmp_path / "t.tar", members)
+    picture = Image(torch.zeros(4, 4, dtype=torch.int64))
+    documents = [
+        caption_first("a", picture),
+        caption_first("a long caption", picture),
+        question_answer(picture, **pair),
+    ]
+    lengths = [len(tiny.grammar.build(document)) for document in documents]
+    assert len(set(lengths)) == 3
+    config = TokenizeConfig(sources=(tar,), vocabulary=str(model), out=tmp_path, size=16)
+    for number, most in enumerate([max(lengths), *lengths, max(lengths) - 1]):
+        mine = dataclasses.replace(config, out=tmp_path / str(number), max_ids=most)
+        found = {record.id for record in records(tokenize(mine), "train")}
+        assert found == {f"t/{number}" for number, length in enumerate(lengths) if length <= most}
+    with pytest.raises(EmulusError, match="other settings"):
+        tokenize(dataclasses.replace(mine, max_ids=0))
+
+
+def test_texts_longer_than_a_context_are_left_out_or_divided(
+    config: TokenizeConfig, texts: Path, tmp_path: Path
+) -> None:
+    whole = TokenizeConfig(sources=(texts,), vocabulary=str(config.out), out=tmp_path / "whole", max_ids=40)
+    skipped = [each for line in read_manifest(tokenize(whole)) for each in line.skipped]
+    assert any("more than max_ids 40" in each.reason for each in skipped)
+    assert max(len(record.ids) for record in records(whole.out, "train")) <= 38
+    parts = dataclasses.replace(whole, out=tmp_path / "parts", max_text_ids=38)
+    assert not any("max_ids" in each.reason for line in read_manifest(tokenize(parts)) for each in line.skipped)
+
+
+def test_what_goes_wrong_in_a_worker_is_said(config: TokenizeConfig) -> None:
+    here, there = multiprocessing.Pipe()
+    here.send("no unit")
+    threads = torch.get_num_threads()
+    with pytest.raises(AttributeError):
+        serve(there, config, "cpu")
+    torch.set_num_threads(threads)
+    assert here.recv().startswith("a worker process failed (AttributeError: 'str' object has no attribute")
+
+
+def test_folders_of_before_there_was_a_limit_are_whole(config: TokenizeConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(config.out, out)
+    settings = json.loads((out / "tokens.json").read_text())
+    del settings["max_ids"]
+    (out / "tokens.json").write_text(json.dumps(settings))
+    assert tokenize(dataclasses.replace(config, out=out)) == out
+    with pytest.raises(EmulusError, match="other settings"):
+        tokenize(dataclasses.replace(config, out=out, max_ids=9))
 
 
 def test_nothing_that_can_be_read_is_an_error(model: Path, tmp_path: Path) -> None:

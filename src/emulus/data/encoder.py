@@ -15,6 +15,7 @@ from torch import Tensor
 from emulus.data.item import Item, Kind, Split
 from emulus.data.media_dataset import decode_item, shifted, to_pixels, whole_codes
 from emulus.data.records import Ids32, Record, Role, ShardLine, Skipped, Span, shard_name, write_shard
+from emulus.data.tables import plain_name
 from emulus.errors import EmulusError
 from emulus.sequence import Grammar, Image, Text, Video
 from emulus.sequence.templates import question_answer
@@ -107,15 +108,16 @@ class Encoder:
             unit: What to encode.
 
         Returns:
-            The shard's line for the manifest, with the items that could not be read.
+            The shard's line for the manifest, with the items that could not be read or written.
 
         Raises:
             EmulusError: What holds the items is gone, or the disk refuses.
         """
         skipped: list[Skipped] = []
         records = self._texts(unit, skipped) if unit.kind == "text" else self._media(unit, skipped)
-        figures = write_shard(self.config.out / unit.name, records)
-        return ShardLine(name=unit.name, **asdict(figures), skipped=tuple(skipped))
+        figures = write_shard(self.config.out / unit.name, records, skipped)
+        # Every view of an item, and every part of a text, may be wrong in the same way.
+        return ShardLine(name=unit.name, **asdict(figures), skipped=tuple(dict.fromkeys(skipped)))
 
     def _texts(self, unit: Unit, skipped: list[Skipped]) -> Iterator[Record]:
         most = self.config.max_text_ids
@@ -152,7 +154,7 @@ class Encoder:
     def _prepared(
         self, unit: Unit, prepare: Callable[[Item], T], ahead: int, skipped: list[Skipped]
     ) -> Iterator[tuple[Item, T]]:
-        """Every item that can be read, prepared in threads while the caller does something else."""
+        """Every item that can be read and written, prepared in threads while the caller does something else."""
 
         def attempt(item: Item) -> T | Skipped:
             try:
@@ -163,7 +165,8 @@ class Encoder:
                         f"{item.container} has vanished while it was read; bring it back and run the same command "
                         "again: finished shards are kept"
                     ) from None
-                return Skipped(item.id, str(error))
+                # A message may name a file whose name cannot be encoded.
+                return Skipped(item.id, plain_name(str(error)))
 
         found = run_ahead(attempt, unit.items, threads=self.config.readers, ahead=ahead)
         for item, result in zip(unit.items, found, strict=True):
@@ -173,7 +176,9 @@ class Encoder:
                 yield item, result
 
     def _text(self, item: Item) -> Ids32:
-        return np.array(self.text.encode(item.text), np.uint32)
+        ids = self._ids(item.text)
+        self._check_length(item, min(len(ids), self.config.max_text_ids or len(ids)))
+        return np.array(ids, np.uint32)
 
     def _decoded(self, item: Item) -> _Decoded:
         config = self.config
@@ -189,11 +194,46 @@ class Encoder:
             # A clip of one frame is still a clip: it is held to be one code long.
             frames = torch.cat([frames, frames]) if len(frames) == 1 else frames
             frames = whole_codes(frames, self.vision.config.temporal_factor)
+        words = self._words(item)
+        self._check_medium(item, frames, fps, words)
         views = []
         for view in range(config.views if item.split == "train" else 1):
             draw = np.random.default_rng([config.seed, view, *item.id.encode()])
             views.append(shifted(frames, draw, config.shift if view else 0))
-        return _Decoded(views, fps, self._words(item))
+        return _Decoded(views, fps, words)
+
+    def _check_medium(self, item: Item, frames: Tensor, fps: float, words: _Words) -> None:
+        """Refuse what no document can hold before it is encoded: one bad item must not end a run.
+
+        Raises:
+            EmulusError: It has too many cells or a frame rate that cannot be written, or is longer than is wanted.
+        """
+        factors, is_clip = self.vision.config, item.kind == "video"
+        h, w = (side // factors.spatial_factor for side in frames.shape[-2:])
+        t = len(frames) // factors.temporal_factor if is_clip else None
+        opened = self.grammar.open_media(h=h, w=w, t=t, fps=fps if is_clip else None)
+        if self.config.max_ids:
+            lengths = [span.stop - span.start for span in words.spans]
+            captions = len(item.captions)
+            asked = map(sum, zip(lengths[captions::2], lengths[captions + 1 :: 2], strict=True))
+            longest = max([*lengths[:captions], *asked], default=0)
+            self._check_length(item, longest + len(opened) + self.grammar.media_length(h=h, w=w, t=t))
+
+    def _check_length(self, item: Item, ids: int) -> None:
+        most, length = self.config.max_ids, ids + 2  # BOS and EOS
+        if most and length > most:
+            raise EmulusError(f"{item.id} makes a document of {length:,} ids, more than max_ids {most:,}; shorten it")
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return self.text.encode(text)
+        except BaseException as error:
+            # tiktoken gives up so on a million blanks in a row; the class cannot be imported, and is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise EmulusError(
+                "its text cannot be divided into ids; shorten it, long runs of blanks above all"
+            ) from None
 
     def _words(self, item: Item) -> _Words:
         parts: list[tuple[Role, str]] = [("caption", caption) for caption in item.captions]
@@ -205,7 +245,7 @@ class Encoder:
         spans = []
         for role, text in parts:
             start = len(ids)
-            ids += self.text.encode(text)
+            ids += self._ids(text)
             spans.append(Span(role, start, len(ids)))
         return _Words(np.array(ids, np.uint32), tuple(spans))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,10 @@ MAX_MEMBER = 2**30
 """Bytes of a picture or clip inside an archive that are taken into memory."""
 MAX_TEXT = 2**26
 """Bytes of one text, or of one line of a table, that are taken into memory."""
+LEAST_FPS, MOST_FPS = 0.001, 999.999
+"""Frame rates that can be written into a sequence (see :mod:`emulus.sequence.meta`)."""
+_SHOWN = 100
+"""Letters of what a data set says that a message repeats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,18 @@ class ParquetCell:
     def where(self) -> str:
         """Its name in a message."""
         return f"{self.path} row {self.row + 1} of group {self.group + 1}"
+
+    @property
+    def mark(self) -> object:
+        """Tells its content from another: the CRC-32 of the group's bytes, which are not unpacked, and the row.
+
+        Raises:
+            EmulusError: The Parquet file is damaged or gone.
+        """
+        with parquet_errors(self.path):
+            status = self.path.stat()
+            with _reading:
+                return _group_crc(self.path, status.st_mtime_ns, status.st_size, self.group, self.column), self.row
 
     def read(self) -> bytes | str | Path:
         """Read the bytes or the text; for a row that only names a file, the path of that file.
@@ -78,6 +95,28 @@ def _read_group(path: Path, changed: int, size: int, group: int, column: str) ->
     return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(column)
 
 
+@lru_cache(maxsize=2)
+def _group_crc(path: Path, changed: int, size: int, group: int, column: str) -> int:
+    """CRC-32 of the bytes that one column of one row group has in the file."""
+    chunks = pq.read_metadata(path).row_group(group)
+    crc = 0
+    for number in range(chunks.num_columns):
+        chunk = chunks.column(number)
+        if chunk.path_in_schema.split(".")[0] == column:
+            first = chunk.dictionary_page_offset or chunk.data_page_offset
+            crc = _crc(path, min(first, chunk.data_page_offset), chunk.total_compressed_size, crc)
+    return crc
+
+
+def _crc(path: Path, offset: int, size: int, crc: int = 0) -> int:
+    """CRC-32 of some bytes of a file, or of as many of them as there are."""
+    with path.open("rb") as file:
+        file.seek(max(offset, 0))
+        while size > 0 and (block := file.read(min(size, 2**20))):
+            crc, size = zlib.crc32(block, crc), size - len(block)
+    return crc
+
+
 @contextmanager
 def parquet_errors(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises about a broken file into one line that names it.
@@ -87,7 +126,7 @@ def parquet_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:160]
         raise EmulusError(f"{path} is no whole Parquet file ({reason}); restore it from its source") from error
 
@@ -106,6 +145,11 @@ class TarMember:
     def where(self) -> str:
         """Its name in a message."""
         return f"{self.path}: {self.name}"
+
+    @property
+    def mark(self) -> object:
+        """Tells its content from another: its CRC-32 (raises OSError where the tar is gone)."""
+        return _crc(self.path, self.offset, self.size)
 
     def read(self) -> bytes:
         """Read the file's bytes.
@@ -137,6 +181,11 @@ class JsonLine:
         """Its name in a message."""
         return f"{self.path} at byte {self.offset}"
 
+    @property
+    def mark(self) -> object:
+        """Tells its content from another."""
+        return self.checksum
+
     def read(self) -> str:
         """Read the text.
 
@@ -155,6 +204,11 @@ class Missing:
 
     path: Path
     reason: str
+
+    @property
+    def mark(self) -> object:
+        """Nothing is there to be told from another."""
+        return None
 
     def read(self) -> bytes:
         """Say what is missing.
@@ -222,6 +276,23 @@ class Item:
         if not text.strip():
             raise EmulusError(f"{self.id} is an empty text")
         return checked_text(text, self.id)
+
+    @property
+    def mark(self) -> object:
+        """Tells the content from another without unpacking it; None for what cannot be read.
+
+        All its bytes are read once: cheap for a text, not for films.
+        """
+        try:
+            if isinstance(self.stored, str):
+                return zlib.crc32(self.stored.encode("utf-8", "surrogatepass"))
+            if isinstance(self.stored, bytes):
+                return zlib.crc32(self.stored)
+            if isinstance(self.stored, Path):
+                return _crc(self.stored, 0, self.stored.stat().st_size)
+            return self.stored.mark
+        except (EmulusError, OSError):
+            return None
 
     @property
     def container(self) -> Path | None:
@@ -294,6 +365,33 @@ def checked_text(text: str, where: str) -> str:
     return text
 
 
+def number_of(value: object) -> float:
+    """A number, or NaN for what is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def checked_fps(value: object, where: str) -> float:
+    """A number of frames per second.
+
+    Raises:
+        EmulusError: It is none, or too small or large to be written into a sequence.
+    """
+    fps = number_of(value)
+    if not LEAST_FPS <= fps <= MOST_FPS:
+        raise EmulusError(f"{where}: fps {shown(value)} is not a number from {LEAST_FPS} to {MOST_FPS}; mend that row")
+    return fps
+
+
+def shown(value: object) -> str:
+    """What a data set says, for a message: quoted, on one line and not too long."""
+    text = str(value)
+    quoted = repr(text[:_SHOWN])
+    return quoted if len(text) <= _SHOWN else f"{quoted}..."
+
+
 def inside(folder: Path, name: object, where: str) -> Path:
     """The path of a file by its name in a folder: it exists, and lies nowhere else.
 
@@ -304,10 +402,14 @@ def inside(folder: Path, name: object, where: str) -> Path:
         raise EmulusError(f"{where} has no media and names no file; mend that row")
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.anchor or ".." in windows.parts:
-        raise EmulusError(f"{where}: '{name}' is outside {folder}; name files relative to that folder, without '..'")
+        raise EmulusError(f"{where}: {shown(name)} is outside {folder}; name files relative to that folder, no '..'")
     path = folder / name
-    if not path.is_file():
-        raise EmulusError(f"{where}: '{name}' is not in {folder}; restore that file or remove the row")
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise EmulusError(f"{where}: {shown(name)} cannot be looked for ({error.strerror}); mend that row") from None
+    if not found:
+        raise EmulusError(f"{where}: {shown(name)} is not in {folder}; restore that file or remove the row")
     return path
 
 

@@ -46,6 +46,7 @@ NO_WORDS = -1
 
 # What the draws of a run are for; each has numbers of its own.
 _ORDER, _DOCUMENT, _ROWS = 1, 2, 3
+_START = {"step": 0, "window": 0, "row": 0}
 _PLANS_KEPT = 8
 _STEPS_AHEAD = 4
 
@@ -333,7 +334,8 @@ class Loader:
         self._reader = Reader(mixture, reading.visual_weight)
         self._threads = threads
         self._lock = threading.Lock()
-        self._begin(_read_state(state or {"step": 0, "window": 0, "row": 0}))
+        self._packing = {"window_size": window, "row_tokens": row_tokens}
+        self._begin(_read_state(state or {**_START, **self._packing}, self._packing))
         self._next = self._step
         self._ahead: Iterator[StepRows] | None = None
 
@@ -373,7 +375,7 @@ class Loader:
         """Where a step begins: a loader made with it starts there at once, on any number of processes."""
         with self._lock:
             window, row = self._find(step, 0)
-        return {"step": step, "window": window, "row": row}
+        return {"step": step, "window": window, "row": row, **self._packing}
 
     def close(self) -> None:
         """Stop reading in the background."""
@@ -397,7 +399,7 @@ class Loader:
         """The window of a step's row, and which of its rows it is."""
         if step < self._step:
             at_least(0, step=step)
-            self._begin({"step": 0, "window": 0, "row": 0})
+            self._begin(_START)
         row = (step - self._step) * self.rows_per_step + number
         while self._before[-1] <= row:
             rows = len(self._planner.plan(self._window + len(self._before) - 1).rows)
@@ -406,10 +408,18 @@ class Loader:
         return self._window + place, row - self._before[place]
 
 
-def _read_state(state: Mapping[str, Any]) -> Mapping[str, int]:
-    values = [state.get(name) for name in ("step", "window", "row")]
+def _read_state(state: Mapping[str, Any], packing: Mapping[str, int]) -> Mapping[str, int]:
+    """A state that a loader of the same packing gave: in other windows and rows it would be another place."""
+    values = [state.get(name) for name in (*_START, *packing)]
     if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
         raise EmulusError(f"{dict(state)} is no state of a loader; resume from another checkpoint")
+    for name, value in packing.items():
+        if state[name] != value:
+            flag = "window" if name == "window_size" else name
+            raise EmulusError(
+                f"{flag} was {state[name]} in this run so far and cannot become {value}: documents would be read twice "
+                f"or not at all; keep it, or start a new run with --init"
+            )
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from emulus.data.source import Item
+from emulus.data.item import Item, checked_fps
 from emulus.errors import EmulusError
 from emulus.log import logger
-from emulus.media import Clip, fit, read_image, read_video, resample, resize, smart_resize
+from emulus.media import LIMITS, Clip, fit, read_image, read_video, resample, resize, smart_resize
 
 
 class MediaDataset:
@@ -88,7 +89,7 @@ def decode_item(
         Frames (one for a picture), and the frame rate (0 for a picture).
 
     Raises:
-        EmulusError: The media cannot be read.
+        EmulusError: The media cannot be read, or its frame rate is none.
     """
     pictures: tuple[PIL.Image.Image, ...]
     if item.kind == "image":
@@ -97,16 +98,28 @@ def decode_item(
         clip = read_video(item.media, fps=fps, max_frames=max_frames)
         pictures, rate = clip.frames, clip.fps
     else:
-        # The data set knows better than the file's time stamps.
-        clip = Clip(read_video(item.media).frames, item.fps)
-        clip = resample(clip, fps) if fps else clip
-        pictures, rate = clip.frames[:max_frames], clip.fps
+        clip = _timed_by_table(item, checked_fps(item.fps, item.id), fps, max_frames)
+        pictures, rate = clip.frames, clip.fps
     if area:
         sides = smart_resize(pictures[0].height, pictures[0].width, factor=factor, min_pixels=area, max_pixels=area)
         arrays = [np.asarray(resize(picture, *sides)) for picture in pictures]
     else:
         arrays = [np.asarray(fit(picture, size, size)) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), rate
+
+
+def _timed_by_table(item: Item, own: float, fps: float | None, max_frames: int | None) -> Clip:
+    """A clip of a data set that knows its frame rate better than the file's time stamps."""
+    target = fps or own
+    enough = None
+    if max_frames is not None:
+        # As many as last for that long, and one more against rounding; no clip has more than the limit.
+        enough = math.ceil(min(max_frames * own / target, LIMITS.max_frames)) + 1
+    clip = Clip(read_video(item.media, max_frames=enough).frames, own)
+    try:
+        return resample(clip, target, max_frames=max_frames)
+    except EmulusError as error:
+        raise EmulusError(f"{item.id}: {error}") from None
 
 
 def shifted(frames: UInt8[Tensor, "t 3 h w"], draw: np.random.Generator, shift: int) -> UInt8[Tensor, "t 3 h w"]:

@@ -25,6 +25,11 @@ from emulus.errors import EmulusError, did_you_mean
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
 PartKind = Literal["all", "text", "image", "video"]
 PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)
 Numbers = npt.NDArray[np.int64]
@@ -32,7 +37,10 @@ Small = npt.NDArray[np.int32]
 
 ENDS = 2
 """Ids of a document beside its spans: BOS and EOS."""
+# Opening a shard takes longer than reading a record of it, and the system limits how many files are open.
 _OPEN_SHARDS = 256
+if resource is not None:
+    _OPEN_SHARDS = min(4096, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
+from typing import BinaryIO, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,11 @@ from safetensors.numpy import load_file, save_file
 
 from emulus.errors import EmulusError
 from emulus.files import disk_errors, fsync, write_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Kind = Literal["text", "image", "video"]
 Role = Literal["text", "caption", "question", "answer", "media"]
@@ -58,6 +63,8 @@ _READER = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 1 << 15
 _NAME = re.compile(rf"(train|validation|test)-(text|image|video)-[0-9]{{5,12}}{re.escape(SUFFIX)}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TAIL = 1 << 16
+"""Bytes at the manifest's end that are looked at at once for the end of its last whole line."""
 _LENGTHS = {"media": np.uint32, "offsets": np.uint64, "lengths": np.uint32, "roles": np.uint8}
 
 
@@ -117,7 +124,7 @@ class ShardFigures:
 
 
 class Skipped(NamedTuple):
-    """An item that could not be read, and why."""
+    """An item that could not be read or written, and why."""
 
     id: str
     reason: str
@@ -290,12 +297,13 @@ def _check(kind: str, roles: bytes, shape: tuple[int, ...], fps: float, score: f
         raise EmulusError(f"{where}: {fps} frames per second or the score {score} is no number; {REMEDY}")
 
 
-def write_shard(path: Path, records: Iterable[Record]) -> ShardFigures:
+def write_shard(path: Path, records: Iterable[Record], skipped: list[Skipped] | None = None) -> ShardFigures:
     """Write both files of a shard. Each appears when it is whole; the same records give the same bytes.
 
     Args:
         path: Of the records' file, named by :func:`shard_name`.
         records: What it shall hold; asked for one by one.
+        skipped: Takes what is no record; without it, that is an error.
 
     Returns:
         What goes into the manifest.
@@ -312,7 +320,13 @@ def write_shard(path: Path, records: Iterable[Record]) -> ShardFigures:
         with _package_errors():
             writer = ArrayRecordWriter(str(temporary), _WRITER)
         for record in records:
-            data = pack_record(record)
+            try:
+                data = pack_record(record)
+            except EmulusError as error:
+                if skipped is None:
+                    raise
+                skipped.append(Skipped(record.id, str(error)))
+                continue
             with _package_errors():
                 writer.write(data)
             words = [span for span in record.spans if span.role != "media"]
@@ -371,7 +385,7 @@ def shard_digest(path: Path) -> str:
 
 
 def add_to_manifest(folder: Path, line: ShardLine) -> None:
-    """Make a shard exist: append its line and flush it to the disk. One process at a time may do so.
+    """Make a shard exist: append its line and flush it to the disk. One process at a time may do so (:func:`only_run`).
 
     Raises:
         EmulusError: The disk is full, or the folder may not be written to.
@@ -379,13 +393,52 @@ def add_to_manifest(folder: Path, line: ShardLine) -> None:
     path = folder / MANIFEST
     values = {**asdict(line), "skipped": [skipped._asdict() for skipped in line.skipped]}
     with disk_errors(path), path.open("a+b") as file:
-        file.seek(0)
         # What a crash tore would swallow this line.
-        file.truncate(file.read().rfind(b"\n") + 1)
+        file.truncate(end_of_lines(file))
         file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
         fsync(folder)
+
+
+def end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends; nothing before that line is read."""
+    stop = file.seek(0, os.SEEK_END)
+    while stop:
+        start = max(stop - _TAIL, 0)
+        file.seek(start)
+        found = file.read(stop - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        stop = start
+    return 0
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing to a tokens folder. The system ends this with the process, however it ends.
+
+    Where there are no locks, as on Windows and some network disks, nothing is kept.
+
+    Raises:
+        EmulusError: Another run writes to it.
+    """
+    path = folder / MANIFEST
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EmulusError(
+                    f"another run is writing to {folder}; wait until it has ended, or choose another --out"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+        yield
 
 
 def read_manifest(folder: Path) -> list[ShardLine]:

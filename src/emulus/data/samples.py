@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
-from emulus.data.item import Item, Missing, TarMember, decoded, read_slice, split_of_key
+from emulus.data.item import MAX_TEXT, Item, JsonLine, Missing, Stored, TarMember, decoded, read_slice, split_of_key
 from emulus.data.tables import (
     ALWAYS_VIDEO,
     CAPTION_COLUMNS,
+    MAX_WORDS,
     NEVER_VIDEO,
+    TEXT_COLUMNS,
     Row,
     captions_of,
     column_of,
@@ -34,15 +37,14 @@ TEXT_SUFFIXES = frozenset({".txt", ".md"})
 
 _MAX_HEADER = 2**20
 """Bytes of a long file name or of extended attributes in a tar: what a header claims is not taken on trust."""
-_MAX_WORDS = 2**24
-"""Bytes of the words of one sample."""
 
 _Place = Path | TarMember
+_Parts = Mapping[str, Path] | Mapping[str, TarMember]
 P = TypeVar("P", Path, TarMember)
 
 
 def tar_items(path: Path, name: str, source: str) -> Iterator[Item]:
-    """The samples of a WebDataset tar.
+    """The samples of a WebDataset tar: texts where they say so, or where it holds nothing but words.
 
     Args:
         path: The tar, not compressed.
@@ -58,8 +60,10 @@ def tar_items(path: Path, name: str, source: str) -> Iterator[Item]:
             raise EmulusError(f"{path} has {member.name!r} twice; make the tar anew")
         files[member.name] = member
     # The key of a sample ends at the first dot of the file's name (WebDataset's rule).
-    for key, parts in _samples(files, lambda file: file.index(".") if "." in file else len(file)).items():
-        yield _item(parts, f"{plain_name(name)}/{plain_name(key)}", path, source)
+    samples = _samples(files, lambda file: file.index(".") if "." in file else len(file))
+    texts = all(parts.keys() <= WORD_SUFFIXES for parts in samples.values())
+    for key, parts in samples.items():
+        yield _item(parts, f"{plain_name(name)}/{plain_name(key)}", path, source, texts=texts)
 
 
 def loose_items(folder: Path, files: Mapping[str, Path], source: str) -> Iterator[Item]:
@@ -81,7 +85,7 @@ def loose_items(folder: Path, files: Mapping[str, Path], source: str) -> Iterato
         )
     for key, parts in samples.items():
         if parts.keys() & MEDIA_SUFFIXES:
-            yield _item(parts, plain_name(key), folder, source)
+            yield _item(parts, plain_name(key), folder, source, texts=False)
 
 
 def text_items(root: Path, files: Mapping[str, Path], source: str) -> Iterator[Item]:
@@ -105,35 +109,65 @@ def _samples(files: Mapping[str, P], end: Callable[[str], int]) -> dict[str, dic
         if not path.name.startswith((".", "__")):
             stop = end(path.name)
             key = (path.parent / path.name[:stop]).as_posix()
-            samples.setdefault(key, {})[path.name[stop:].lower()] = place
+            parts, suffix = samples.setdefault(key, {}), path.name[stop:].lower()
+            # A second one, as of a.jpg and a.JPG, is kept apart, to be found by whoever chooses.
+            parts[suffix.upper() if suffix in parts else suffix] = place
     return {key: parts for key, parts in samples.items() if parts.keys() & (MEDIA_SUFFIXES | WORD_SUFFIXES)}
 
 
-def _item(parts: Mapping[str, Path] | Mapping[str, TarMember], identity: str, path: Path, source: str) -> Item:
+def _item(parts: _Parts, identity: str, path: Path, source: str, *, texts: bool) -> Item:
     where = f"{path}: {identity}"
+    is_text = texts
     try:
         values: dict[str, Any] = _values(parts[".json"]) if ".json" in parts else {}
         row = Row(values=values, where=where, number=0)
+        is_text = texts or values.get("kind") == "text"
+        if is_text:
+            return item_of(row, identity, source, kind="text", captions=(), stored=_text(parts, row))
         captions = _captions(parts, row)
-        # Of a clip and its preview, the clip is meant.
-        suffix = next((each for each in sorted(parts, key=lambda each: each not in ALWAYS_VIDEO)
-                       if each in MEDIA_SUFFIXES), None)  # fmt: skip
-        if suffix is None:
-            raise EmulusError(f"{where} has words but no picture or clip")
-        kind = kind_of(row, "", parts[suffix])
-        return item_of(row, identity, source, kind=kind, captions=captions, stored=parts[suffix])
+        medium = _medium(parts, row)
+        return item_of(row, identity, source, kind=kind_of(row, "", medium), captions=captions, stored=medium)
     except EmulusError as error:
         return Item(
             id=identity,
-            kind="video" if parts.keys() & ALWAYS_VIDEO else "image",
-            captions=("",),
+            kind="text" if is_text else "video" if parts.keys() & ALWAYS_VIDEO else "image",
+            captions=() if is_text else ("",),
             split=split_of_key(identity),
             stored=Missing(path=path, reason=str(error)),
             source=source,
         )
 
 
-def _captions(parts: Mapping[str, Path] | Mapping[str, TarMember], row: Row) -> tuple[str, ...]:
+def _medium(parts: _Parts, row: Row) -> _Place:
+    """The picture or clip of a sample. Of a clip and its preview, the clip is meant."""
+    found = {suffix: place for suffix, place in parts.items() if suffix.lower() in MEDIA_SUFFIXES}
+    if not found:
+        raise EmulusError(f"{row.where} has words but no picture or clip")
+    if len(found) > 1:
+        clips = [suffix for suffix in found if suffix.lower() in ALWAYS_VIDEO]
+        clips = clips or [suffix for suffix, place in found.items() if kind_of(row, "", place) == "video"]
+        if len(clips) != 1:
+            raise EmulusError(f"{row.where} has several media ({', '.join(found)}); give each its own name and words")
+        return found[clips[0]]
+    return next(iter(found.values()))
+
+
+def _text(parts: _Parts, row: Row) -> Stored:
+    """Where the text of a sample of words alone lies."""
+    if ".txt" in parts:
+        place = parts[".txt"]
+        if isinstance(place, TarMember) and place.size > MAX_TEXT:
+            raise EmulusError(f"{row.where} has {place.size:,} bytes, more than the {MAX_TEXT:,} allowed; split it")
+        return place
+    column, place = column_of(row.values, TEXT_COLUMNS, row.where), parts[".json"]
+    if not isinstance(row.values[column], str):
+        raise EmulusError(f"{row.where}: '{column}' is not a text; mend it")
+    content, offset = _words(place), place.offset if isinstance(place, TarMember) else 0
+    path = place.path if isinstance(place, TarMember) else place
+    return JsonLine(path=path, column=column, offset=offset, size=len(content), checksum=zlib.crc32(content))
+
+
+def _captions(parts: _Parts, row: Row) -> tuple[str, ...]:
     captions: tuple[str, ...] = ()
     if ".txt" in parts:
         text = decoded(_words(parts[".txt"]), row.where)
@@ -156,9 +190,9 @@ def _values(place: _Place) -> dict[str, Any]:
 
 def _words(place: _Place) -> bytes:
     if isinstance(place, TarMember):
-        return read_slice(place.path, place.offset, place.size, place.where, most=_MAX_WORDS)
+        return read_slice(place.path, place.offset, place.size, place.where, most=MAX_WORDS)
     try:
-        return read_slice(place, 0, place.stat().st_size, str(place), most=_MAX_WORDS)
+        return read_slice(place, 0, place.stat().st_size, str(place), most=MAX_WORDS)
     except OSError as error:
         raise EmulusError(f"{place} cannot be read ({error.strerror}); restore it") from None
 

@@ -8,6 +8,7 @@ means the same in all. Texts come in tables with a column of text, or in files o
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -123,7 +124,7 @@ def open_source(path: Path | str) -> Source:
                 )
             else:
                 raise EmulusError(
-                    f"{where} has the id '{item.id}' of an earlier item; give every item an id of its own"
+                    f"{where} has the id {item.id!r} of an earlier item; give every item an id of its own"
                 )
     if not items:
         raise EmulusError(f"{path} has no rows; add some")
@@ -149,7 +150,7 @@ def _folder(path: Path) -> Iterator[tuple[Path, Iterable[Item]]]:
     source = plain_name(path.resolve().name)
     table = next((path / name for name in TABLES if (path / name).is_file()), None)
     if table is not None:
-        return iter([(table, read_table(table, source))])
+        return iter([(table, read_table(table, path, source))])
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     for suffixes in ((".parquet",), (".tar",), _TABLE_SUFFIXES):
         chosen = [file for file in files if file.suffix.lower() in suffixes]
@@ -166,7 +167,7 @@ def _folder(path: Path) -> Iterator[tuple[Path, Iterable[Item]]]:
 
 def _files(files: Sequence[Path], root: Path, source: str) -> Iterator[tuple[Path, Iterable[Item]]]:
     readers: dict[str, Callable[[Path], Iterable[Item]]] = {
-        **dict.fromkeys(_TABLE_SUFFIXES, lambda file: read_table(file, source)),
+        **dict.fromkeys(_TABLE_SUFFIXES, lambda file: read_table(file, root, source)),
         ".tar": lambda file: tar_items(file, file.relative_to(root).with_suffix("").as_posix(), source),
         **dict.fromkeys(
             TEXT_SUFFIXES, lambda file: text_items(root, {file.relative_to(root).as_posix(): file}, source)
@@ -182,10 +183,10 @@ def _files(files: Sequence[Path], root: Path, source: str) -> Iterator[tuple[Pat
 
 def _common(files: Sequence[Path]) -> Path:
     """The folder that all files are in."""
-    first, *rest = (file.resolve().parents for file in files)
-    folder = next(parent for parent in first if all(parent in parents for parents in rest))
+    # Links are not followed: what they lead to may lie anywhere.
+    folder = os.path.commonpath([file.absolute().parent for file in files])
     # As the files are named: relative to where the command runs.
-    depth = len(files[0].resolve().parent.relative_to(folder).parts)
+    depth = len(files[0].absolute().parent.relative_to(folder).parts)
     return files[0].parents[depth]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from emulus.data.item import (
@@ -27,10 +28,13 @@ from emulus.data.item import (
     Split,
     Stored,
     TarMember,
+    checked_fps,
     checked_text,
     decoded,
     inside,
+    number_of,
     parquet_errors,
+    shown,
     split_of_key,
 )
 from emulus.errors import EmulusError, did_you_mean
@@ -49,6 +53,12 @@ _SPLIT_NAMES: dict[str, Split] = {
     "valid": "validation",
 }
 _MORE_COLUMNS = frozenset({"id", "split", "kind", "fps", "score", "source", "questions"})
+MAX_WORDS = 2**24
+"""Bytes of the words of one sample."""
+_ROWS = 1024
+"""Rows of a Parquet file that are read at a time."""
+_MOST_WORDS, _MOST_TIMES = 2**28, 100
+"""Bytes of words that any Parquet file may unpack to, and how many times its own size."""
 # Of a picture's file, what says whether it moves (the chunk VP8X of an animated WebP).
 _WEBP_HEAD = 21
 
@@ -70,11 +80,13 @@ class Row:
     stored: Stored | None = None
 
 
-def read_table(path: Path, source: str) -> Iterator[Item]:
+def read_table(path: Path, root: Path, source: str) -> Iterator[Item]:
     """The items of a table.
 
     Args:
         path: A ``.jsonl``, ``.csv`` or ``.parquet`` file.
+        root: The data set's folder: ids begin with the table's place in it, as tables in several folders may have the
+            same name.
         source: Name of the data set.
 
     Raises:
@@ -86,7 +98,7 @@ def read_table(path: Path, source: str) -> Iterator[Item]:
         # The first row says which table this is, so that a picture's row that lacks its file is not taken for a text.
         texts = holds_text(row.values) if texts is None else texts
         is_text = texts or row.values.get("kind") == "text"
-        yield _text_item(row, path, source) if is_text else _media_item(row, path, source)
+        yield _text_item(row, path, root, source) if is_text else _media_item(row, path, root, source)
 
 
 def holds_text(columns: Collection[str]) -> bool:
@@ -94,26 +106,30 @@ def holds_text(columns: Collection[str]) -> bool:
     return not any(name in columns for name in MEDIA_COLUMNS) and any(name in columns for name in TEXT_COLUMNS)
 
 
-def _media_item(row: Row, table: Path, source: str) -> Item:
+def _media_item(row: Row, table: Path, root: Path, source: str) -> Item:
     media_column = column_of(row.values, MEDIA_COLUMNS, row.where)
     captions = captions_of(row, column_of(row.values, CAPTION_COLUMNS, row.where))
     stored = row.stored or _file(row, media_column, table.parent)
     kind = kind_of(row, media_column, stored)
     if isinstance(stored, Path):
-        identity = plain_name(stored.relative_to(table.parent).as_posix())
+        identity = plain_name(stored.relative_to(root).as_posix())
     else:
-        identity = f"{plain_name(table.stem)}/{row.number}"
+        identity = _numbered(row, table, root)
     return item_of(row, identity, source, kind=kind, captions=captions, stored=stored)
 
 
-def _text_item(row: Row, table: Path, source: str) -> Item:
+def _numbered(row: Row, table: Path, root: Path) -> str:
+    return f"{plain_name(table.relative_to(root).with_suffix('').as_posix())}/{row.number}"
+
+
+def _text_item(row: Row, table: Path, root: Path, source: str) -> Item:
     stored = row.stored
     if stored is None:
         column = column_of(row.values, TEXT_COLUMNS, row.where)
         stored = row.values[column]
         if not isinstance(stored, str):
             raise EmulusError(f"{row.where}: '{column}' is not a text; mend that row")
-    return item_of(row, f"{plain_name(table.stem)}/{row.number}", source, kind="text", captions=(), stored=stored)
+    return item_of(row, _numbered(row, table, root), source, kind="text", captions=(), stored=stored)
 
 
 def item_of(row: Row, identity: str, source: str, *, kind: Kind, captions: tuple[str, ...], stored: Stored) -> Item:
@@ -130,7 +146,7 @@ def item_of(row: Row, identity: str, source: str, *, kind: Kind, captions: tuple
     Raises:
         EmulusError: A value is none.
     """
-    if row.values.get("id") is not None:
+    if row.values.get("id") not in (None, ""):
         identity = str(row.values["id"])
     if len(identity) > 4096:
         raise EmulusError(f"{row.where}: an id of {len(identity):,} letters; give it a shorter one")
@@ -244,26 +260,15 @@ def _fps(row: Row) -> float | None:
     value = row.values.get("fps")
     if value in (None, ""):
         return None
-    fps = _number(value)
-    if not 0 < fps < 1000:
-        raise EmulusError(f"{row.where}: fps '{value}' is not a number of frames per second; mend that row")
-    return fps
+    return checked_fps(value, row.where)
 
 
 def _score(row: Row) -> float:
     value = row.values.get("score")
-    score = 0.0 if value in (None, "") else _number(value)
+    score = 0.0 if value in (None, "") else number_of(value)
     if not math.isfinite(score):
-        raise EmulusError(f"{row.where}: score '{value}' is not a number; mend that row")
+        raise EmulusError(f"{row.where}: score {shown(value)} is not a number; mend that row")
     return score
-
-
-def _number(value: Any) -> float:
-    """A number, or NaN for what is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
 
 
 def _questions(row: Row) -> tuple[Question, ...]:
@@ -331,6 +336,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         content = path.read_bytes()
     except OSError as error:
         raise EmulusError(f"{path} cannot be read ({error.strerror})") from None
+    # Else no more than 131,072 letters, of any table that this process reads.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_TEXT))
     reader = csv.DictReader(io.StringIO(decoded(content, str(path)), newline=""), strict=True)
     try:
         names = reader.fieldnames or ()
@@ -366,12 +373,77 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         if file.metadata.num_rows > path.stat().st_size:
             raise EmulusError(f"{path} claims {file.metadata.num_rows:,} rows, more than its bytes; restore it")
         number = 0
+        words = _Words(path, columns)
         for group in range(file.num_row_groups):
-            read = file.read_row_group(group, columns=columns).to_pylist() if columns else None
-            for place, values in enumerate(read or [{}] * file.metadata.row_group(group).num_rows):
+            read = words.of(group) if columns else [{}] * file.metadata.row_group(group).num_rows
+            for place, values in enumerate(read):
                 cell = ParquetCell(path=path, column=stored, group=group, row=place) if holds_content else None
                 yield Row(values={stored: None, **values}, where=f"{path} row {number + 1}", number=number, stored=cell)
                 number += 1
+
+
+class _Words:
+    """What a Parquet file says about its rows, little by little: a kilobyte can unpack to gigabytes.
+
+    Texts that a file holds once and refers to often stay so until it is known how much they are.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        schema = pq.ParquetFile(path).schema
+        leaves = [schema.column(number) for number in range(len(schema))]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        texts = [name for name in texts if name.split(".")[0] in columns]
+        self._file = pq.ParquetFile(path, read_dictionary=texts)
+        self._path, self._columns = path, columns
+        self._room = max(_MOST_WORDS, _MOST_TIMES * path.stat().st_size)
+
+    def of(self, group: int) -> Iterator[dict[str, Any]]:
+        """The rows of one group.
+
+        Raises:
+            EmulusError: They are too much.
+        """
+        for batch in self._file.iter_batches(_ROWS, row_groups=[group], columns=self._columns):
+            size = sum(_letters(column, self._path) for column in batch.columns)
+            self._room -= size
+            if self._room < 0:
+                raise EmulusError(f"{self._path} unpacks to far more words than it has bytes; restore it")
+            # Much faster than from texts by number.
+            plain = pa.schema([(field.name, _spelt_out(field.type)) for field in batch.schema])
+            yield from batch.cast(plain).to_pylist()
+
+
+def _letters(values: pa.Array, path: Path) -> int:
+    """Bytes of all the texts in a column.
+
+    Raises:
+        EmulusError: One is too long.
+    """
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        sizes = pc.binary_length(values.dictionary).take(values.indices)
+        if (pc.max(sizes).as_py() or 0) > MAX_WORDS:
+            raise EmulusError(f"{path} has words of more than the {MAX_WORDS:,} bytes allowed; shorten them")
+        return int(pc.sum(sizes.cast(pa.int64())).as_py() or 0)
+    if pa.types.is_nested(kind) and not pa.types.is_union(kind) and not pa.types.is_map(kind):
+        parts = values.flatten() if pa.types.is_struct(kind) else [values.flatten()]
+        return sum(_letters(part, path) for part in parts)
+    return int(values.nbytes)
+
+
+def _spelt_out(kind: pa.DataType) -> pa.DataType:
+    """The type of the same values without dictionaries."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _spelt_out(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_spelt_out(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_spelt_out(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_spelt_out(kind.value_type), kind.list_size)
+    return kind
 
 
 def _is_text(kind: pa.DataType) -> bool:

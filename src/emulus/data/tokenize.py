@@ -13,16 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 from emulus.config import to_dict
 from emulus.data.encoder import Unit
-from emulus.data.item import KINDS, SPLITS, Item, JsonLine, Kind, Split
-from emulus.data.records import ShardLine, add_to_manifest, lengths_path, read_manifest
+from emulus.data.item import KINDS, SPLITS, Item, Kind, Split
+from emulus.data.records import ShardLine, add_to_manifest, lengths_path, only_run, read_manifest
 from emulus.data.source import even, open_source
 from emulus.data.tokens import SETTINGS, Tokens, vision_digest
 from emulus.data.workers import finished
@@ -44,6 +49,8 @@ _UNITS_OF: dict[Kind, float] = {"image": 1, "video": 1 / 8, "text": 8}
 """How many times ``shard_items`` a shard of a kind has: about as many ids each."""
 _TRAINING_TEXTS, _TRAINING_LETTERS = 20_000, 4096
 """Of how many texts, and of how much of each, a text vocabulary is made beside the captions."""
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp(\..+)?")
+"""What :mod:`emulus.files` calls a file or folder that is not whole yet."""
 _NAMED = 3
 """How many skipped items the log names; the manifest names all."""
 
@@ -63,12 +70,14 @@ class TokenizeConfig:
         fps: Frame rate clips are brought to; 0 keeps theirs.
         max_frames: Longest clip in frames; the rest is cut. 0 keeps all.
         max_text_ids: A longer text becomes several records; 0 keeps all in one.
+        max_ids: Leave out items whose longest document, from BOS to EOS, has more ids; 0 keeps all.
         views: Versions of each training item: the first as it is, the others shifted by up to ``shift`` pixels.
         shift: See ``views``.
         text_size: Size of the byte-level vocabulary that is trained.
         splits: Which splits to encode.
         shard_items: Pictures in a shard; clips are an eighth of that, texts eight times as many.
-        batch: Pictures (or frames of clips) encoded at a time.
+        batch: Pictures (or frames of clips) encoded at a time. Another number rounds otherwise, as another device
+            does, which a few codes can show.
         workers: Processes; each has a vision tokenizer of its own, and one CPU thread if there are several.
         readers: Threads of each that decode media ahead of it.
         engine: ``daft`` lets Daft run the workers, with ``DAFT_RUNNER=ray`` on a cluster.
@@ -85,6 +94,7 @@ class TokenizeConfig:
     fps: float = 0.0
     max_frames: int = 0
     max_text_ids: int = 0
+    max_ids: int = 0
     views: int = 1
     shift: int = 4
     text_size: int = 2048
@@ -101,7 +111,7 @@ class TokenizeConfig:
         at_least(1, size=self.size, views=self.views, batch=self.batch, shard_items=self.shard_items)
         at_least(1, workers=self.workers, readers=self.readers)
         at_least(0, fps=self.fps, max_frames=self.max_frames, max_text_ids=self.max_text_ids, area=self.area)
-        at_least(0, shift=self.shift, seed=self.seed)
+        at_least(0, shift=self.shift, seed=self.seed, max_ids=self.max_ids)
         if not self.sources:
             raise EmulusError("no source is named; give at least one data set")
         for split in self.splits:
@@ -111,7 +121,8 @@ class TokenizeConfig:
             raise EmulusError(f"there is no engine {self.engine!r}{did_you_mean(self.engine, get_args(Engine))}")
 
 
-# What changes neither the plan nor what ids mean; that of tokenizers and sources is told by their contents.
+# What changes neither the plan nor what ids mean; that of tokenizers and sources is told by their contents. A run
+# that was out of memory goes on with another batch, or on another device.
 _FREE = ("sources", "out", "vision", "vocabulary", "batch", "workers", "readers", "engine", "device")
 
 
@@ -127,7 +138,7 @@ def tokenize(config: TokenizeConfig) -> Path:
     """Encode data sets, going on where an earlier call with the same settings was stopped.
 
     Any number of processes make the same bytes. Whatever stops them, no more than the shards that are being made are
-    lost. An item that cannot be read is left out, counted and named in the manifest.
+    lost. An item that cannot be read or written is left out, counted and named in the manifest.
 
     Args:
         config: What, with what, to where.
@@ -136,19 +147,32 @@ def tokenize(config: TokenizeConfig) -> Path:
         ``config.out``.
 
     Raises:
-        EmulusError: The folder holds tokens made with other settings, an input is missing or damaged, or a source
-            vanished meanwhile.
+        EmulusError: The folder holds tokens made with other settings or is being written by another run, an input is
+            missing or damaged, or a source vanished meanwhile.
     """
     words, vision = _tokenizers(config)
     _check_size(config, vision.config)
     items = _open(config.sources)
     settings = _settings(config, items, words, vision)
-    complete = _holds(config.out, settings)
     units = plan(config, items)
-    missing = [unit for unit in units if unit.name not in _finished_names(config.out)]
-    if complete and not missing:
+    if _holds(config.out, settings) and not _missing(config.out, units):
         logger.info(f"{config.out} is complete")
         return config.out
+    with only_run(config.out):
+        _holds(config.out, settings)  # another run may have ended meanwhile
+        _write(config, settings, items, units, words, vision)
+    return config.out
+
+
+def _write(
+    config: TokenizeConfig,
+    settings: dict[str, Any],
+    items: Sequence[Item],
+    units: Sequence[Unit],
+    words: _Words | None,
+    vision: VisionTokenizer,
+) -> None:
+    """Make what is missing in the folder, which nobody else writes to."""
     write_json(config.out / MAKING, settings)
     (config.out / SETTINGS).unlink(missing_ok=True)
     if not (config.out / "vocabulary.json").exists():
@@ -156,12 +180,11 @@ def tokenize(config: TokenizeConfig) -> Path:
         words = words or _train(config, items, vision.config.codebook_size)
         words.text.save(config.out)
         words.vocabulary.save(config.out / "vocabulary.json")
-    _make(config, missing, len(units), vision)
-    lines = [line for line in read_manifest(config.out) if line.name in {unit.name for unit in units}]
-    rows = _count(config, lines)
+    _make(config, _missing(config.out, units), len(units), vision)
+    names = {unit.name for unit in units}
+    rows = _count(config, [line for line in read_manifest(config.out) if line.name in names])
     write_json(config.out / SETTINGS, {**settings, "sources": to_dict(config)["sources"], "rows": rows})
     (config.out / MAKING).unlink()
-    return config.out
 
 
 def plan(config: TokenizeConfig, items: Sequence[Item]) -> list[Unit]:
@@ -196,15 +219,47 @@ def _make(config: TokenizeConfig, missing: Sequence[Unit], planned: int, vision:
     """Make what is missing; a shard exists from the moment its line is in the manifest."""
     sizes = {unit.name: len(unit.items) for unit in missing}
     logger.info(f"{config.out}: encoding {sum(sizes.values())} items into {len(missing)} of {planned} shards")
-    with progress_bar(sum(sizes.values()), what="encoding", unit=" items") as bar:
-        for line in finished(config, missing, vision):
+    _remove_temporaries(config.out)
+    with (
+        _ended_by_sigterm(),
+        progress_bar(sum(sizes.values()), what="encoding", unit=" items") as bar,
+        closing(finished(config, missing, vision)) as lines,
+    ):
+        for line in lines:
             add_to_manifest(config.out, line)
             bar.update(sizes[line.name])
 
 
-def _finished_names(out: Path) -> set[str]:
-    """Shards that have a line and are there; what was deleted since is made again."""
-    return {line.name for line in read_manifest(out) if _size(out / line.name) == line.bytes}
+def _missing(out: Path, units: Sequence[Unit]) -> list[Unit]:
+    """Units whose shard has no line or is not there; what was deleted since is made again."""
+    done = {line.name for line in read_manifest(out) if _size(out / line.name) == line.bytes}
+    return [unit for unit in units if unit.name not in done]
+
+
+def _remove_temporaries(out: Path) -> None:
+    """What killed runs left; a worker of theirs that still writes finds its file gone, and ends."""
+    for folder in (out, out / "vision"):
+        for path in folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process as an exception would, so that it ends its workers too."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield  # whoever set a handler knows better
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _size(shard: Path) -> int:
@@ -242,24 +297,14 @@ def _settings(
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr(replace(item, stored=b"")).encode())
-        digest.update(repr(_content_mark(item)).encode())
+        # Words are told from others; media go by their names, since telling them apart would mean reading them all.
+        digest.update(repr(item.mark if item.kind == "text" else None).encode())
     return {
         **values,
         "data_sha256": digest.hexdigest(),
         "vocabulary_sha256": "" if words is None else _words_digest(words),
         "vision_sha256": vision_digest(vision),
     }
-
-
-def _content_mark(item: Item) -> object:
-    """Tells a text from another without reading it, where that is possible; media go by their names."""
-    if item.kind != "text":
-        return None
-    if isinstance(item.stored, JsonLine):
-        return item.stored.checksum
-    if isinstance(item.stored, Path):
-        return item.stored.stat().st_size if item.stored.exists() else 0
-    return item.stored if isinstance(item.stored, str) else None
 
 
 def _words_digest(words: _Words) -> str:
@@ -278,7 +323,9 @@ def _holds(out: Path, settings: dict[str, Any]) -> bool:
     for name in (SETTINGS, MAKING):
         if (out / name).exists():
             made = read_json(out / name)
-            if not isinstance(made, dict) or {key: made.get(key) for key in settings} != settings:
+            # Folders of before there was this limit have none.
+            made = {"max_ids": 0, **made} if isinstance(made, dict) else {}
+            if {key: made.get(key) for key in settings} != settings:
                 raise EmulusError(f"{out} holds tokens made with other settings; delete it or choose another --out")
             return name == SETTINGS
     return False

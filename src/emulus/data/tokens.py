@@ -82,6 +82,8 @@ class Tokens:
         settings = read_json(folder / SETTINGS)
         if not isinstance(settings, dict):
             raise EmulusError(f"{folder / SETTINGS} holds no settings; tokenize again, to another folder")
+        if list(folder.glob("*.parquet")) and not read_manifest(folder):
+            raise EmulusError(f"{folder} was made by an older version of Emulus; tokenize again, to another folder")
         text = TextTokenizer.from_file(folder)
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
         if text.size != vocabulary.text_size:

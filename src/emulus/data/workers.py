@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ _DIED = "a worker process died, perhaps for want of memory; run the same command
 
 def finished(
     config: TokenizeConfig, units: Sequence[Unit], vision: VisionTokenizer | None = None
-) -> Iterator[ShardLine]:
+) -> Generator[ShardLine, None, None]:
     """Work through units.
 
     Args:
@@ -47,13 +47,15 @@ def finished(
     return _here(config, units, vision)
 
 
-def _here(config: TokenizeConfig, units: Sequence[Unit], vision: VisionTokenizer | None) -> Iterator[ShardLine]:
+def _here(
+    config: TokenizeConfig, units: Sequence[Unit], vision: VisionTokenizer | None
+) -> Generator[ShardLine, None, None]:
     encoder = Encoder(config, pick_device(config.device), vision)
     for unit in units:
         yield encoder.make(unit)
 
 
-def _by_processes(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
+def _by_processes(config: TokenizeConfig, units: Sequence[Unit]) -> Generator[ShardLine, None, None]:
     """Each process is handed the next unit when it is done with one, over a pipe of its own.
 
     A pipe ends with the process at its other end: a worker that dies is noticed, and workers whose parent was killed
@@ -70,8 +72,10 @@ def _by_processes(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[Sha
             process.start()
             there.close()
             processes.append(process)
-            here.send(next(left))
             busy.add(here)
+        # A large unit does not fit into a pipe, so this waits until the worker reads: all are on their way by now.
+        for here in busy:
+            _hand(here, next(left))
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
@@ -80,15 +84,21 @@ def _by_processes(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[Sha
                 if unit is None:
                     busy.remove(pipe)
                 else:
-                    pipe.send(unit)
+                    _hand(pipe, unit)
                 yield line
-    except BrokenPipeError:
-        raise EmulusError(_DIED) from None
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
             process.join()
+
+
+def _hand(pipe: Connection, unit: Unit) -> None:
+    try:
+        pipe.send(unit)
+    except (BrokenPipeError, ConnectionResetError):
+        _answer(pipe)  # it may have said why it is gone
+        raise EmulusError(_DIED) from None
 
 
 def _answer(pipe: Connection) -> ShardLine:
@@ -102,7 +112,7 @@ def _answer(pipe: Connection) -> ShardLine:
 
 
 def serve(pipe: Connection, config: TokenizeConfig, device: str) -> None:
-    """What a worker process does until its parent is gone, or something is wrong that a user can mend.
+    """What a worker process does until its parent is gone, or something is wrong.
 
     Args:
         pipe: Units come in, lines of the manifest go out; at last perhaps a message.
@@ -111,14 +121,19 @@ def serve(pipe: Connection, config: TokenizeConfig, device: str) -> None:
     """
     torch.set_num_threads(1)
     try:
+        encoder = Encoder(config, device)
+        while True:
+            pipe.send(encoder.make(pipe.recv()))
+    except BaseException as error:
+        known = isinstance(error, EmulusError)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        failed = f"a worker process failed ({reason}); finished shards are kept, and the same command goes on"
         try:
-            encoder = Encoder(config, device)
-            while True:
-                pipe.send(encoder.make(pipe.recv()))
-        except EmulusError as error:
-            pipe.send(str(error))
-    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        return
+            pipe.send(str(error) if known else failed)
+        except OSError:
+            return  # the parent is gone, which is why there is an error
+        if not known and not isinstance(error, KeyboardInterrupt):
+            raise
 
 
 def _device(config: TokenizeConfig, number: int) -> str:
@@ -129,7 +144,7 @@ def _device(config: TokenizeConfig, number: int) -> str:
     return str(device)
 
 
-def _by_daft(config: TokenizeConfig, units: Sequence[Unit]) -> Iterator[ShardLine]:
+def _by_daft(config: TokenizeConfig, units: Sequence[Unit]) -> Generator[ShardLine, None, None]:
     """Daft holds a column of units and runs a class over it, here or (``DAFT_RUNNER=ray``) on a cluster."""
     # Both report home unless they are told not to before they are imported.
     os.environ.update(DO_NOT_TRACK="1", SCARF_NO_ANALYTICS="1", RAY_USAGE_STATS_ENABLED="0")

@@ -213,20 +213,24 @@ def write_video(clip: Clip, path: str | Path) -> None:
     write_content(path, content)
 
 
-def resample(clip: Clip, fps: float) -> Clip:
+def resample(clip: Clip, fps: float, *, max_frames: int | None = None, limits: Limits = LIMITS) -> Clip:
     """A clip at another frame rate: at each new moment the frame that is on show.
 
     Args:
         clip: What to bring to the rate; assumed to be evenly timed.
         fps: Frames per second.
+        max_frames: Keep at most this many frames, from the start.
+        limits: A slow clip at a high rate is many frames.
 
     Raises:
-        EmulusError: The rate is out of range.
+        EmulusError: The rate is out of range, or there would be too many frames.
     """
     _check_fps(fps)
     if fps == clip.fps:
-        return clip
+        return clip if max_frames is None else Clip(clip.frames[:max_frames], fps)
     count = max(round(clip.duration * fps), 1)
+    count = count if max_frames is None else min(count, max_frames)
+    limits.check_frames(f"a clip of {len(clip.frames)} frames at {clip.fps:g} per second, brought to {fps:g},", count)
     # The slack keeps rounding from showing the frame before.
     places = (min(int(place * clip.fps / fps + 1e-6), len(clip.frames) - 1) for place in range(count))
     return Clip(tuple(clip.frames[place] for place in places), fps)

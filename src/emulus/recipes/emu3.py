@@ -68,6 +68,7 @@ def emu3_8b_stage1(data: Path = Path("data"), runs: Path = Path("runs/emu3-8b"))
             area=_AREA,
             # A text that is longer becomes several documents, each with BOS and EOS.
             max_text_ids=_CONTEXT - 2,
+            max_ids=_CONTEXT,
             views=1,
             workers=8,
         ),
@@ -112,7 +113,9 @@ def emu3_8b_stage2(data: Path = Path("data"), runs: Path = Path("runs/emu3-8b"))
     )
     return Recipe(
         tokenizer=None,
-        tokens=dataclasses.replace(first.tokens, sources=(data / "clips",), out=clips, fps=24.0, max_frames=120),
+        tokens=dataclasses.replace(
+            first.tokens, sources=(data / "clips",), out=clips, fps=24.0, max_frames=120, max_ids=_LONG_CONTEXT
+        ),
         decoder=dataclasses.replace(
             first.decoder,
             tokens=(f"{runs / 'tokens'}:text=0.38", f"{runs / 'tokens'}:image=0.6", f"{clips}:video=0.02"),

@@ -83,6 +83,8 @@ class TrainConfig:
         at_least(0, final_learning_rate=self.final_learning_rate, decay_share=self.decay_share)
         if not 0 < self.learning_rate < float("inf"):
             raise EmulusError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.seed >= 2**63:
+            raise EmulusError(f"seed must be below 2**63, got {self.seed}")
         for name, share in {"ema_decay": self.ema_decay, "beta1": self.beta1, "beta2": self.beta2}.items():
             if not 0 <= share < 1:
                 raise EmulusError(f"{name} must be in [0, 1), got {share}")

@@ -87,6 +87,7 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
             with suppress(EmulusError):
                 loop.checkpoints.wait()
             loop.log.close()
+            objective.close()
         return loop.final_model()
 
 

@@ -104,6 +104,9 @@ class Objective(ABC, Generic[Batch, Model]):
     def save_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write the model with these weights, whole and on the CPU, as a folder that :func:`emulus.load` takes."""
 
+    def close(self) -> None:
+        """Let go of what goes on in the background."""
+
     def describe(self) -> dict[str, Any]:
         """What the run is about, for the first log line."""
         return {"parameters": sum(parameter.numel() for parameter in self.model.parameters())}

@@ -196,6 +196,10 @@ class PretrainObjective(Objective[Batch, Decoder]):
         """Go on reading from there."""
         self.loader = self._make_loader(state)
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.loader.close()
+
     def loss(self, batch: Batch, step_weight: float) -> StepLoss:
         """Weighted cross-entropy of one row, as its part of the whole step's weighted mean."""
         losses, counted, items = self._losses(batch)
