@@ -368,7 +368,8 @@ def test_nothing_is_left_of_stopped_workers(config: TokenizeConfig, tmp_path: Pa
     while process.poll() is None and not (mine.out / "making.json").exists():
         time.sleep(0.0005)
     process.send_signal(how)
-    assert process.wait() == (-9 if how == signal.SIGKILL else 143)
+    # Before there are workers, SIGTERM simply ends it.
+    assert process.wait() in ((-9,) if how == signal.SIGKILL else (143, -15))
     until = time.monotonic() + 20
     while runs(process.pid) and time.monotonic() < until:
         time.sleep(0.01)
