@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +79,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         try:
             save_file(ready, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
-            # The library wraps the system's error in its own; ENOSPC is number 28.
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(28, str(error)) from error
+            # The library wraps the system's error in its own.
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise
 
     with disk_errors(path):

@@ -283,7 +283,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(folder: Path) -> None:
 def test_things_that_are_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(EmulusError, match="nowhere does not exist"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(EmulusError, match=r"has no table of captions; add captions\.jsonl"):
+    with pytest.raises(EmulusError, match=r"neither a table of captions \(captions\.jsonl"):
         open_source(tmp_path)
     (tmp_path / "a.png").write_bytes(picture())
     with pytest.raises(EmulusError, match=r"a\.png is no data set"):

@@ -121,7 +121,8 @@ def test_an_evaluation_that_a_stop_prevented_is_made_up_for(tmp_path: Path) -> N
     evaluations = [[line for line in read_metrics(run) if line["kind"] == "evaluation"] for run in (whole, stopped)]
     assert evaluations[0] == evaluations[1]
     last = tmp_path / "last"
-    train(CONFIG, Line(signal_at=23), last)
+    with pytest.raises(Interrupted, match="is finished"):
+        train(CONFIG, Line(signal_at=23), last)
     assert [line for line in read_metrics(last) if line["kind"] == "evaluation"] == evaluations[0]
 
 

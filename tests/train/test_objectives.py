@@ -208,13 +208,23 @@ def test_padded_rows_have_the_same_loss(decoder_config: PretrainConfig) -> None:
 def test_another_models_weights_to_start_from(decoder_config: PretrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(decoder_config, out=tmp_path / "first", train=dataclasses.replace(QUICK, steps=2))
     model = pretrain(config)
-    objective = PretrainObjective(dataclasses.replace(config, init=str(model)))
+    fresh = dataclasses.replace(config, out=tmp_path / "second")
+    objective = PretrainObjective(dataclasses.replace(fresh, init=str(model)))
     for name, weight in emulus.load(model, device="cpu").decoder.state_dict().items():
         assert torch.equal(weight, objective.model.state_dict()[name])
-    with pytest.raises(EmulusError, match=r"shape|lacks|not this"):
-        PretrainObjective(dataclasses.replace(config, init=str(model), size="emoji-3m"))
+    with pytest.raises(EmulusError, match="4 blocks of width 128, this run 4 blocks of width 192"):
+        PretrainObjective(dataclasses.replace(fresh, init=str(model), size="emoji-3m"))
     with pytest.raises(EmulusError, match="another vocabulary than the tokens"):
-        PretrainObjective(dataclasses.replace(config, init="checkpoints/emoji"))
+        PretrainObjective(dataclasses.replace(fresh, init="checkpoints/emoji"))
+    other = tmp_path / "vision"
+    other.mkdir()
+    write_yaml(other / "config.yaml", recipe("emoji-64").tokenizer)
+    # A run that goes on does not look for it again.
+    PretrainObjective(dataclasses.replace(config, init="no/where"))
+    with pytest.raises(EmulusError, match="run of another stage"):
+        pretrain(dataclasses.replace(config, out=other))
+    with pytest.raises(EmulusError, match="holds tokens"):
+        pretrain(dataclasses.replace(config, out=Path(config.tokens[0])))
 
 
 def test_optimisers_and_extras(decoder_config: PretrainConfig, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, Iterable[Item]]]:
             raise EmulusError(f"{path} matches no file; check the pattern")
         yield from _files(files, _common(files), plain_name(_common(files).name))
     else:
-        raise EmulusError(f"{path} does not exist; name a .parquet file or a folder of media with captions.jsonl")
+        raise EmulusError(f"{path} does not exist; name a data set: a folder, a file or a pattern (see docs/data.md)")
 
 
 def _folder(path: Path) -> Iterator[tuple[Path, Iterable[Item]]]:
@@ -162,7 +162,10 @@ def _folder(path: Path) -> Iterator[tuple[Path, Iterable[Item]]]:
     chosen = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
     if chosen:
         return _files(chosen, path, source)
-    raise EmulusError(f"{path} has no table of captions; add captions.jsonl, captions.csv or captions.parquet")
+    raise EmulusError(
+        f"{path} holds neither a table of captions (captions.jsonl, captions.csv, captions.parquet) nor tars, Parquet, "
+        "texts, or pictures with texts of the same name; see docs/data.md"
+    )
 
 
 def _files(files: Sequence[Path], root: Path, source: str) -> Iterator[tuple[Path, Iterable[Item]]]:

@@ -325,9 +325,15 @@ def _holds(out: Path, settings: dict[str, Any]) -> bool:
             made = read_json(out / name)
             # Folders of before there was this limit have none.
             made = {"max_ids": 0, **made} if isinstance(made, dict) else {}
-            if {key: made.get(key) for key in settings} != settings:
-                raise EmulusError(f"{out} holds tokens made with other settings; delete it or choose another --out")
+            changed = [key for key in settings if made.get(key) != settings[key]]
+            if changed:
+                raise EmulusError(
+                    f"{out} holds tokens made with other settings ({', '.join(changed)}); delete it or choose another "
+                    "--out"
+                )
             return name == SETTINGS
+    if (out / "checkpoints").exists():
+        raise EmulusError(f"{out} is a training run's folder; choose another --out")
     return False
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from emulus.data.records import (
+    MANIFEST,
     REMEDY,
     Kind,
     Record,
@@ -82,8 +83,11 @@ class Tokens:
         settings = read_json(folder / SETTINGS)
         if not isinstance(settings, dict):
             raise EmulusError(f"{folder / SETTINGS} holds no settings; tokenize again, to another folder")
-        if list(folder.glob("*.parquet")) and not read_manifest(folder):
-            raise EmulusError(f"{folder} was made by an older version of Emulus; tokenize again, to another folder")
+        if not (folder / MANIFEST).exists():
+            raise EmulusError(
+                f"{folder} has no {MANIFEST}: it is damaged, or an older version of Emulus made it; tokenize again, to "
+                "another folder"
+            )
         text = TextTokenizer.from_file(folder)
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
         if text.size != vocabulary.text_size:

@@ -18,7 +18,7 @@ from emulus.files import write_json
 from emulus.log import logger
 from emulus.model.config import sized
 from emulus.parallel.processes import running
-from emulus.scaling.fit import Fit, Interval, Point, fit
+from emulus.scaling.fit import FEWEST_KINDS, Fit, Interval, Point, fit
 from emulus.scaling.rate import WIDTH_POWER, counted_parameters, rate_at_width
 from emulus.sequence import modalities
 from emulus.train.loop import train
@@ -180,6 +180,7 @@ def run_scaling(config: ScalingConfig) -> Path:
     ids = held_out_ids(config.base)
     with running(config.base.train.parallel, config.base.train.device) as processes:
         if not config.fit_only:
+            _check_ladder(planned)
             # Decided before the first one starts, so that several processes decide alike.
             todo = [each.config for each in planned if measured(each, ids) is None]
             for number, run in enumerate(todo):
@@ -194,6 +195,23 @@ def run_scaling(config: ScalingConfig) -> Path:
             for line in summary(findings):
                 logger.info(line)
     return page
+
+
+def _check_ladder(planned: Sequence[Planned]) -> None:
+    """Refuse, before anything is trained, what could not be fitted afterwards.
+
+    Raises:
+        EmulusError: The ladder is too small, or the held-out run is not larger.
+    """
+    *small, last = planned
+    parameters = {each.size: counted_parameters(sized(each.size, vocab_size=1)) for each in planned}
+    used = [each for each in small if parameters[each.size] < parameters[last.size]]
+    sizes, steps = len({each.size for each in used}), len({each.config.train.steps for each in used})
+    if min(sizes, steps) < FEWEST_KINDS:
+        raise EmulusError(
+            f"the law needs runs of at least {FEWEST_KINDS} sizes below {last.size} and of {FEWEST_KINDS} different "
+            f"numbers of steps; these would be of {sizes} and {steps}: change --sizes and --token-counts"
+        )
 
 
 def plan(config: ScalingConfig) -> list[Planned]:

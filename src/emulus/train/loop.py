@@ -62,6 +62,7 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
     """
     with peers(objective.processes):
         loop = _Loop(config, objective, run)
+        loop.check_folder()
         start = loop.resume()
         missing = loop.evaluation_is_missing(start)
         if start >= config.steps and not missing:
@@ -81,7 +82,10 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
                         raise Interrupted(
                             f"stopped at step {step + 1} of {config.steps} and saved; run the same command to go on"
                         )
-            loop.checkpoints.wait()
+                loop.checkpoints.wait()
+                if bool(objective.processes.gather([float(bool(interrupts))]).any()):
+                    # Whoever trains several models must not begin the next one.
+                    raise Interrupted(f"{run} is finished, and was asked to stop")
         finally:
             # What is being written when something goes wrong is worth the wait.
             with suppress(EmulusError):
@@ -310,6 +314,19 @@ class _Loop:
             raise EmulusError(
                 f"{path}/trainer.json lacks {error}; delete {path} to go on from the checkpoint before it"
             ) from None
+
+    def check_folder(self) -> None:
+        """Refuse a folder that is something else's.
+
+        Raises:
+            EmulusError: It holds tokens, or the run of another stage.
+        """
+        path = self.run / "config.yaml"
+        if (self.run / "manifest.jsonl").exists():
+            raise EmulusError(f"{self.run} holds tokens; choose another --out")
+        old, new = read_yaml(path) if path.exists() else None, to_dict(self.objective.config)
+        if isinstance(old, dict) and 2 * len(old.keys() & new.keys()) < len(new):
+            raise EmulusError(f"{self.run} is the run of another stage; choose another --out")
 
     def save_config(self) -> None:
         """Write ``config.yaml``, and say what differs from the run's so far."""

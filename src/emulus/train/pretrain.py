@@ -34,9 +34,10 @@ from emulus.sequence.packing import pad
 from emulus.tokenizer.vision import VisionTokenizer
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
+from emulus.train.checkpoint import latest
 from emulus.train.config import TrainConfig
 from emulus.train.flops import decoder_flops
-from emulus.train.loop import mix, train
+from emulus.train.loop import CHECKPOINTS, mix, train
 from emulus.train.objective import Evaluation, Objective, StepLoss
 from emulus.weights import Tensors, check_shapes, on_meta, read_tensor
 
@@ -148,7 +149,9 @@ class PretrainObjective(Objective[Batch, Decoder]):
         model = on_meta(lambda: Decoder(shape))
         bfloat16 = self.device.type == "cuda" and computes_in_bfloat16(self.device, config.train.precision)
         spread(model, self.processes, bfloat16=bfloat16)
-        weights = stored_weights(config.init, shape, self.vocabulary) if config.init else None
+        # A run that goes on needs it no more.
+        begins = config.init and latest(config.out / CHECKPOINTS) is None
+        weights = stored_weights(config.init, shape, self.vocabulary) if begins else None
 
         def make(name: str, size: torch.Size) -> Tensor:
             if weights is not None:
@@ -333,6 +336,11 @@ def stored_weights(model: str, shape: DecoderConfig, vocabulary: Vocabulary) -> 
         raise EmulusError(
             f"{model} has another vocabulary than the tokens; make them with emulus tokenize --vocabulary {model}"
         )
+    if expected_shapes(contents.decoder) != expected_shapes(shape):
+        mine, other = (
+            f"{each.num_hidden_layers} blocks of width {each.hidden_size}" for each in (shape, contents.decoder)
+        )
+        raise EmulusError(f"{model} has {other}, this run {mine} (or other heads or ids); give the same --size")
     check_shapes(contents.folder, expected_shapes(shape), contents.decoder_tensors)
     return contents.decoder_tensors
 
