@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emulus.commands.info import info
 from emulus.data.records import Shard, lengths_path, shard_name
 from emulus.data.tokenize import TokenizeConfig, tokenize
 from emulus.data.tokens import SETTINGS, Tokens, vision_digest
@@ -133,3 +134,17 @@ def test_what_tokenize_writes_is_opened(tiny: Emulus, shapes: Path, tmp_path: Pa
     assert rows == sum(line.rows for line in tokens.lines) == 48
     assert tokens.vocabulary.visual_size == 64 != CODES
     tokens.check()
+
+
+def test_info_counts_and_checks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info([str(folder), "--check", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["train image"]["rows"], found["train text"]["rows"]) == (9, 4)
+    assert "every shard" in found["checked"]
+    shard = next(folder.glob("train-image-*.arrayrecord"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(bytes(damaged))
+    info([str(folder)])
+    with pytest.raises(EmulusError, match="not what was written"):
+        info([str(folder), "--check"])

@@ -8,12 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 import yaml
 
 from emulus.config import to_dict
+from emulus.data.tokens import SETTINGS, Tokens
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder
 from emulus.model import SIZES
@@ -30,13 +32,15 @@ class InfoOptions:
     """Say what a model or a recipe is. Of a model only small files and headers are read.
 
     Attributes:
-        path: A model's folder in any layout, a training run's, a name on the hub, or the name of a recipe.
+        path: A model's folder in any layout, a training run's, a tokens folder, a name on the hub, or a recipe's name.
+        check: Of a tokens folder, read every shard and compare its checksum.
         sizes: List the named decoder sizes and the recipes instead.
         json: Print JSON.
     """
 
     path: Annotated[str, tyro.conf.Positional] = "checkpoints/emoji"
     sizes: bool = False
+    check: bool = False
     json: bool = False
 
 
@@ -47,6 +51,8 @@ def info(arguments: Sequence[str]) -> None:
         found: dict[str, Any] = {"sizes": {name: dict(size) for name, size in SIZES.items()}, "recipes": list(RECIPES)}
     elif options.path in RECIPES:
         found = to_dict(recipe(options.path))
+    elif (Path(options.path) / SETTINGS).exists():
+        found = describe_tokens(Tokens.open(Path(options.path)), check=options.check)
     else:
         found = describe_contents(inspect_folder(fetch(options.path)))
     print(
@@ -54,6 +60,28 @@ def info(arguments: Sequence[str]) -> None:
         if options.json
         else yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip()
     )
+
+
+def describe_tokens(tokens: Tokens, *, check: bool) -> dict[str, Any]:
+    """A tokens folder in plain values: what there is of each split and kind, and what was left out.
+
+    Args:
+        tokens: The folder.
+        check: Compare the shards' checksums first.
+
+    Raises:
+        EmulusError: A shard is not what was written.
+    """
+    if check:
+        tokens.check()
+    found: dict[str, Any] = {"folder": str(tokens.folder), "vocabulary": tokens.vocabulary.size}
+    for line in tokens.lines:
+        part = found.setdefault(f"{line.split} {line.kind}", {"shards": 0, "rows": 0, "tokens": 0, "left_out": 0})
+        part["shards"] += 1
+        part["rows"] += line.rows
+        part["tokens"] += line.tokens
+        part["left_out"] += len(line.skipped)
+    return found | ({"checked": "every shard is what was written"} if check else {})
 
 
 def describe_contents(contents: Contents) -> dict[str, Any]:
