@@ -9,7 +9,7 @@ from pathlib import Path
 from emulus.evaluate.charts import Chart, Line
 from emulus.evaluate.report import Block, Curves, Figure, Figures, Report, Section, write_report
 from emulus.scaling.fit import Fit, Interval
-from emulus.scaling.run import Findings, Foretold, Measured, ScalingConfig
+from emulus.scaling.run import ALL, Findings, Foretold, Measured, ScalingConfig
 
 _MILLION = 1e6
 _POINTS = 60
@@ -59,7 +59,8 @@ def _section(config: ScalingConfig, findings: Findings, modality: str, found: Fo
         Curves(charts=(*charts, _foretold_chart(config, findings, modality, found))),
         Figures(rows=_rows(config, findings, found)),
     )
-    return Section(title=f"Bits per {modality} id", blocks=blocks)
+    title = "Bits per id, visual and text together" if modality == ALL else f"Bits per {modality} id"
+    return Section(title=title, blocks=blocks)
 
 
 def _fitted_chart(runs: Sequence[Measured], sizes: Sequence[str], modality: str, law: Fit) -> Chart:
@@ -125,7 +126,7 @@ def _rows(config: ScalingConfig, findings: Findings, found: Foretold) -> tuple[F
     level = _percent(config.level)
     return (
         Figure(
-            name=f"{run.size} after {run.tokens / _MILLION:.1f} million ids, foretold",
+            name=f"{run.size} after {run.tokens / _MILLION:.2g} million ids, foretold",
             value=f"{expected.value:.3f} [{expected.low:.3f}, {expected.high:.3f}]",
             beside=measured,
             meaning=f"N = {run.parameters:,}; bits per held-out id; in brackets where {level} of such runs should be",
