@@ -70,8 +70,8 @@ def test_draw_describe_animate_continue(model: Path, tmp_path: Path, capsys: pyt
     assert Image.open(picture).size == (16, 16)
     assert Image.open(picture).tobytes() != Image.open(tmp_path / "a-2.png").tobytes()
     assert main(["describe", str(picture), *at]) == 0
-    assert main(["describe", str(picture), *at, "--question", "what is it?"]) == 0
-    assert main(["generate", "a red apple", *at, "--video", "--out", str(clip), "--num-frames", "4"]) == 0
+    assert main(["ask", str(picture), "what is it?", *at]) == 0
+    assert main(["animate", "a red apple", *at, "--out", str(clip), "--num-frames", "4"]) == 0
     assert len(read_video(clip).frames) == 4
     assert main(["continue", str(clip), *at, "--out", str(longer)]) == 0
     assert len(read_video(longer).frames) == 8
@@ -84,14 +84,13 @@ def test_draw_describe_animate_continue(model: Path, tmp_path: Path, capsys: pyt
         (["generate", "a cat", "--height", "18"], "the nearest is 16"),
         (["generate", "a cat", "--temperature", "-1"], "temperature"),
         (["generate", "a cat " * 200], "longest sequence is 256"),
-        (["generate", "a cat", "--video", "--num-frames", "6"], "multiple of 4"),
+        (["animate", "a cat", "--num-frames", "6"], "multiple of 4"),
         (["generate", "a cat", "--out", "cat.xyz"], "xyz"),
         (["describe", "nowhere.png"], "nowhere.png"),
         (["continue", "nowhere.webp"], "nowhere.webp"),
         (["generate", "a cat", "--num-images", "0"], "num_images_per_prompt must be at least 1"),
         (["generate", "a cat", "--height", "0"], "height must be a multiple"),
-        (["generate", "a cat", "--fps", "3"], "add --video"),
-        (["generate", "a cat", "--video", "--out", "cat.png"], "cat.png"),
+        (["animate", "a cat", "--out", "cat.png"], "cat.png"),
     ],
 )
 def test_bad_requests(model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +162,7 @@ def test_a_question_about_several_pictures(
     for name, size in {"a.png": (40, 24), "b.png": (24, 30)}.items():
         Image.new("RGB", size, (200, 30, 30)).save(tmp_path / name)
     chat = ["--model", "BAAI/Emu3-Chat", "--max-new-tokens", "2"]
-    assert main(["describe", "a.png", "b.png", *chat, "--question", "which one?"]) == 0
+    assert main(["ask", "a.png", "b.png", "which one?", *chat]) == 0
     assert "BAAI/Emu3-Chat holds no vision tokenizer: taking BAAI/Emu3-VisionTokenizer" in capsys.readouterr().err
     assert main(["describe", "a.png", *chat, "--vision", "BAAI/Emu3-Gen-hf"]) == 0
     assert "holds no vision tokenizer" not in capsys.readouterr().err

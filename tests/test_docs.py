@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from emulus.cli import VERBS, main
+from emulus.commands.demo import DemoOptions, show
 from emulus.pipeline import Emulus
 
 REPOSITORY = Path(__file__).parents[1]
@@ -23,8 +24,9 @@ SHORT = {
     "tokenize": ["--views", "1", "--text-size", "300"],
     "pretrain": ["--train.steps", "1", "--rows-per-step", "1", "--evaluation-documents", "2", "--size", "tiny"],
     "evaluate": shlex.split(
-        "--pictures 2 --clips 1 --training-items 2 --choice-groups 0 --show.reconstructions 1"
-        " --show.reconstructed-clips 1 --show.pictures 1 --show.clips 1 --show.continuations 1 --show.captions 1"
+        "--pictures 2 --clips 1 --training-items 2 --choice-groups 0 --rank-groups 0 --files 1 --answers 2 --drawings 2"
+        " --various 0 --continuations 1 --animations 1 --sweeps 2 --show.reconstructions 1 --show.reconstructed-clips 1"
+        " --show.pictures 1 --show.clips 1 --show.continuations 1 --show.captions 1"
     ),
     "scaling": shlex.split(
         "--sizes tiny emoji-3m emoji-6m --token-counts 1280 2560 3840 --held-out-size emoji-10m --held-out-tokens 3840"
@@ -32,6 +34,7 @@ SHORT = {
     ),
     "demo": ["--steps-share", "0"],
     "describe": ["--max-new-tokens", "4"],
+    "ask": ["--max-new-tokens", "4"],
 }
 NEEDS_A_NETWORK = {"data"}
 
@@ -97,9 +100,32 @@ def test_the_two_commands() -> None:
 
 def test_demo(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The main job from end to end, on few items: trains, measures, shows, and ends with the page's path."""
-    short = "--pictures 2 --clips 1 --training-items 2 --choice-groups 0 --steps-share 0.01"
-    assert main(["demo", *shlex.split(short)]) == 0
-    page = Path(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("the report: "))
-    text = page.read_text(encoding="utf-8")
+    assert main(["demo", "--steps-share", "0.01"]) == 0
+    first, last = capsys.readouterr().out.strip().splitlines()
+    assert last == f"the report: {first}"
+    text = Path(first).read_text(encoding="utf-8")
+    for done in ("Pictures drawn", "Clips drawn", "Clips continued", "Captions written", "Questions answered"):
+        assert done in text
     assert "Trained from nothing just now" in text
     assert text.count("<img") > 10
+
+
+def test_the_first_page_of_the_demo(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there with all five tasks before anything is trained, wherever the demo is run."""
+    options = DemoOptions(model=Path("checkpoints/emoji"), data=Path("data/emoji"), out=workplace / "out")
+    page = workplace / "out/report.html"
+    sections = show(options, page)
+    assert [section.title for section in sections][-5:] == [
+        "Pictures drawn from names",
+        "Clips drawn from names",
+        "Clips continued from their first half",
+        "Captions written",
+        "Questions answered",
+    ]
+    assert page.read_text(encoding="utf-8").count("<img") > 10
+
+
+def test_pictures_of_the_readme_are_there() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for picture in re.findall(r'<img src="([^"]+)"', text):
+        assert (REPOSITORY / picture).exists(), picture

@@ -411,6 +411,18 @@ def test_a_path_is_itself_and_needs_no_hub(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_a_folder_that_is_missing_beside_others_is_not_looked_for_on_the_hub(hub, ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/emoji-64").mkdir(parents=True)
+    with pytest.raises(EmulusError, match="no folder runs/emoji-46; did you mean 'emoji-64'"):
+        fetch("runs/emoji-46")
+    Path("some").mkdir()
+    with pytest.raises(EmulusError, match="no folder some/model; it holds no folders"):
+        fetch("some/model")
+    assert not hub.asked
+    assert Path(ask("some/model@main").folder).name == NEW
+
+
 @pytest.mark.parametrize(
     ("source", "revision", "words"),
     [

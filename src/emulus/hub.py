@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, did_you_mean
 from emulus.files import disk_errors, read_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ _UNWANTED = ["[!v]*/*", "*/*/*"]
 # One slash, and a revision without one unless it is a pull request's (refs/pr/1).
 _HUB_NAME = re.compile(r"([^/\\@.~][^/\\@]*/[^/\\@]+)(?:@([^/\\]+|refs/.+))?")
 
+_MOST_NAMED = 20
+"""Folders that a message lists."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
@@ -45,10 +48,11 @@ def fetch(source: str | Path, *, revision: str | None = None, cache_dir: Path | 
     """The folder that a path or a hub's name means, downloaded if it is not here yet.
 
     What exists is itself, and so is what can only be a path: absolute, without a slash or with several, or beginning
-    with ``.`` or ``~``; whether it is there is for its reader to say. Any other ``owner/name`` or
-    ``owner/name@revision`` is a model on the hub. Only files that Emulus reads are fetched, never pickles or code. A
-    connection that breaks is taken up where it broke, and after a stopped program only the file that it was at is
-    fetched anew. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache answers if it holds the whole model.
+    with ``.`` or ``~``; whether it is there is for its reader to say. A folder ``owner`` that is here makes a path of
+    ``owner/name``, too. Any other ``owner/name``, and any ``owner/name@revision``, is a model on the hub. Only files
+    that Emulus reads are fetched, never pickles or code. A connection that breaks is taken up where it broke, and after
+    a stopped program only the file that it was at is fetched anew. Without a network, or with ``HF_HUB_OFFLINE=1``, the
+    cache answers if it holds the whole model.
 
     Args:
         source: A folder, ``owner/name`` or ``owner/name@revision``.
@@ -59,8 +63,9 @@ def fetch(source: str | Path, *, revision: str | None = None, cache_dir: Path | 
         A folder. That of a hub's model is named by the commit it is from, and holds every shard of it.
 
     Raises:
-        EmulusError: The hub has no such model or revision or wants a login, it cannot be reached and the cache does
-            not hold all of the model, the transfer broke off, or the disk is full.
+        EmulusError: A folder ``owner`` is here and has no ``name``, the hub has no such model or revision or wants a
+            login, it cannot be reached and the cache does not hold all of the model, the transfer broke off, or the
+            disk is full.
     """
     text = source.as_posix() if isinstance(source, Path) else source
     if not text:
@@ -70,11 +75,22 @@ def fetch(source: str | Path, *, revision: str | None = None, cache_dir: Path | 
         if revision is not None:
             raise EmulusError(f"{text} is a path and has no revision {revision}; leave the revision out")
         return Path(text).expanduser()
+    if revision is None and not name[2]:
+        _refuse_missing_folder(text)
     if name[2] and revision not in (None, name[2]):
         raise EmulusError(f"{text} and revision {revision} contradict each other; give one of them")
     folder = _from_hub(name[1], revision or name[2] or "main", cache_dir)
     logger.info("%s@%s is in %s", name[1], folder.name, folder)
     return folder
+
+
+def _refuse_missing_folder(path: str) -> None:
+    """Say what else a folder holds: where the first half of ``owner/name`` is here, hardly anyone means the hub."""
+    parent = Path(path).parent
+    if parent.is_dir() and os.access(parent, os.R_OK):
+        found = sorted(folder.name for folder in parent.iterdir() if folder.is_dir())
+        hint = did_you_mean(Path(path).name, found[:_MOST_NAMED]) or "; it holds no folders"
+        raise EmulusError(f"there is no folder {path}{hint} (a model on the hub is {path}@main)")
 
 
 def _from_hub(repository: str, revision: str, cache_dir: Path | None) -> Path:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from emulus.data.emoji import EmojiConfig, build_emoji
-from emulus.data.emoji.art import BACKGROUNDS, choose_background
+from emulus.data.emoji.art import BACKGROUNDS, placed, visible_backgrounds
 from emulus.data.emoji.captions import STYLES
 from emulus.data.emoji.names import LOCALES
 from emulus.data.emoji.packages import (
@@ -75,7 +77,9 @@ def words() -> dict[str, bytes]:
     right = {"hexcode": "27A1-FE0F", "label": "right arrow", "group": 8}
     hand = {"hexcode": "1F44B", "label": "waving hand", "tags": ["hello"], "group": 1}
     hand["skins"] = [{"hexcode": "1F44B-1F3FF", "label": "waving hand: dark skin tone", "group": 1}]
-    table = [apple, arrow, right, hand]
+    leg = {"hexcode": "1F9B5", "label": "leg", "tags": ["knee"], "group": 1}
+    leg["skins"] = [{"hexcode": "1F9B5-1F3FB", "label": "leg: light skin tone", "group": 1}]
+    table = [apple, arrow, right, hand, leg]
     groups = [{"order": number, "message": f"group {number}"} for number in range(10)]
     files = {"package/en/data.json": encoded(table), "package/en/messages.json": encoded({"groups": groups})}
     for locale in LOCALES:
@@ -101,6 +105,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "package/assets/2b05-fe0f.webp": disc(BLUE),
         "package/assets/2b05.webp": disc(RED),
         "package/assets/1f44b-1f3ff.webp": disc(RED),
+        "package/assets/1f9b5-1f3fb.webp": disc(BLUE),
         "package/assets/e000.webp": b"no emoji, not opened",
         "package/README.md": b"",
     }
@@ -186,6 +191,90 @@ def test_skin_tones_are_built_when_asked_for(packages: Path, tmp_path: Path) -> 
     assert "--skin-tones" in (tmp_path / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def versions(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("versions") / "emoji"
+    config = EmojiConfig(
+        packages=packages, out=out, size=32, skin_tones=True, versions=4, tone_versions=2, clip_versions=2
+    )
+    build_emoji(config, report=lambda line: None)
+    return out
+
+
+def test_versions_add_to_what_is_trained_on(packages: Path, built: Path, versions: Path, tmp_path: Path) -> None:
+    for name, most in (("pictures", 4), ("clips", 2)):
+        found = rows(versions, name)
+        for identity, row in rows(built, name).items():
+            assert found[identity] == row
+            more = {key for key in found if key.startswith(f"{identity}+")}
+            assert more == {f"{identity}+{number}" for number in range(2, most + 1) if row["split"] == "train"}
+    tones = {key for key in rows(versions, "pictures") if "-1f3f" in key}
+    assert tones == {"3d/1f44b-1f3ff", "3d/1f44b-1f3ff+2", "3d/1f9b5-1f3fb"}
+    assert "--versions 4 --tone-versions 2 --clip-versions 2" in " ".join((versions / "README.md").read_text().split())
+    none = EmojiConfig(packages=packages, out=tmp_path, size=32, skin_tones=True, tone_versions=0)
+    build_emoji(none, report=lambda line: None)
+    assert {key for key in rows(tmp_path, "pictures") if "-1f3f" in key} == {"3d/1f9b5-1f3fb"}
+
+
+def test_versions_differ_in_background_place_and_words(versions: Path) -> None:
+    apples = [row for key, row in rows(versions, "pictures").items() if key.startswith("flat/1f34e")]
+    assert [row["id"] for row in apples] == ["flat/1f34e", *(f"flat/1f34e+{number}" for number in (2, 3, 4))]
+    assert len({row["background"] for row in apples}) == 4
+    shown = []
+    for row in apples:
+        picture = np.asarray(read_image(row["media"]), np.float32)
+        assert np.abs(picture[0, 0] - BACKGROUNDS[row["background"]]).max() < 30
+        shown.append(int((np.abs(picture - RED[:3]).max(-1) < 60).sum()))
+        assert row["captions"][0] == "a flat drawing of a red apple"
+        assert any(f" {row['background']} background" in caption for caption in row["captions"])
+        assert {"question": "which background colour?", "answer": row["background"]} in row["questions"]
+        assert sum(f"{locale} apple" in caption for locale in LOCALES for caption in row["captions"]) == 2
+    assert all(0.4 * shown[0] < area <= shown[0] for area in shown)
+    assert {"fruit, food: a flat drawing", "food, fruit: a flat drawing"} & set(apples[1]["captions"])
+    said = {caption for row in apples for caption in row["captions"]}
+    assert all(any(f"{locale} apple" in caption for caption in said) for locale in LOCALES)
+
+
+def test_a_version_of_a_clip_stays_in_its_place(versions: Path) -> None:
+    found = rows(versions, "clips")
+    for identity in (key for key in found if key.endswith("+2")):
+        frames = np.stack([np.asarray(frame, np.float32) for frame in read_video(found[identity]["media"]).frames])
+        discs = np.abs(frames - frames[0, 0, 0]).max(-1) > 60
+        rows_of_disc = [np.flatnonzero(disc.any(1)) for disc in discs]
+        assert np.ptp([lines[0] for lines in rows_of_disc]) <= 1
+        assert np.ptp([len(lines) for lines in rows_of_disc]) <= 1
+
+
+@given(
+    st.floats(0.5, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.booleans(),
+    st.tuples(st.integers(8, 40), st.integers(8, 40)),
+)
+@settings(max_examples=30, deadline=None)
+def test_placed_art_is_whole(scale: float, across: float, down: float, mirrored: bool, size: tuple[int, int]) -> None:
+    drawn = Image.effect_noise(size, 90).convert("RGBA")
+    found = placed(drawn, scale=scale, across=across, down=down, mirrored=mirrored)
+    assert found.size == tuple(round(side / scale) for side in size)
+    left, top, right, bottom = found.getbbox() or (0, 0, 0, 0)
+    assert (right - left, bottom - top) == size
+    inside = found.crop((left, top, right, bottom))
+    if mirrored:
+        inside = inside.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert inside.tobytes() == drawn.tobytes()
+
+
+def test_held_out_tones_alone(packages: Path, tmp_path: Path) -> None:
+    config = EmojiConfig(packages=packages, out=tmp_path, size=32, held_out_tones=True)
+    build_emoji(config, report=lambda line: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"NOTICE", "README.md", "pictures.parquet"}
+    (row,) = rows(tmp_path, "pictures").values()
+    assert (row["id"], row["split"]) == ("3d/1f9b5-1f3fb", "validation")
+    assert {"question": "which skin tone?", "answer": "light"} in row["questions"]
+    assert TWEMOJI.name not in (tmp_path / "NOTICE").read_text()
+
+
 def test_the_same_build_gives_the_same_bytes(packages: Path, built: Path, tmp_path: Path) -> None:
     build_emoji(EmojiConfig(packages=packages, out=tmp_path, size=32), report=lambda line: None)
     for file in built.iterdir():
@@ -196,6 +285,9 @@ def test_what_is_built_can_be_opened(built: Path) -> None:
     source = open_source(built)
     assert len(source) == 13
     assert {item.kind for item in source} == {"image", "video"}
+    questions = {item.id: dict(item.questions) for item in source}
+    assert questions["flat/1f34e"]["what is it?"] == "red apple"
+    assert questions["anim/1f44b"]["which style?"] == "animated 3D"
     for package in PACKAGES:
         assert f"{package.name} {package.version}" in (built / "NOTICE").read_text()
 
@@ -204,9 +296,9 @@ def test_the_background_is_one_that_shows_the_art() -> None:
     names = list(BACKGROUNDS)
     for number, name in enumerate(names):
         art = Image.new("RGBA", (8, 8), (*BACKGROUNDS[name], 255))
-        assert choose_background(art, number) != name
-        assert choose_background(Image.new("RGBA", (8, 8)), number) == name
-    assert choose_background(Image.new("RGBA", (8, 8), RED), 3 + 8 * 1000) == names[3]
+        assert name not in visible_backgrounds(art, number)
+        assert visible_backgrounds(Image.new("RGBA", (8, 8)), number) == names[number:] + names[:number]
+    assert visible_backgrounds(Image.new("RGBA", (8, 8), RED), 3 + 8 * 1000)[0] == names[3]
 
 
 def test_styles_speak_the_same_languages() -> None:
@@ -219,6 +311,9 @@ def test_styles_speak_the_same_languages() -> None:
         ({"size": 8}, "--size 8 is out of range; choose 16 to 256"),
         ({"quality": 101}, "--quality 101 is out of range"),
         ({"clip_quality": -1}, "--clip-quality -1 is out of range"),
+        ({"versions": 0}, "versions must be at least 1"),
+        ({"clip_versions": 0}, "versions must be at least 1"),
+        ({"tone_versions": -1}, "versions must be at least 0"),
     ],
 )
 def test_configurations_out_of_range_are_refused(tmp_path: Path, change: dict[str, int], message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ from emulus.data.source import Source, open_source
 from emulus.media import is_video, read_image, read_video
 
 FOLDER = Path(__file__).parents[2] / "data" / "emoji"
+TONES = FOLDER.with_name("emoji-tones")
 COUNTS = {"3d": 1852, "flat": 1594, "noto": 1678, "twemoji": 1940, "anim": 734}
 
 
@@ -66,6 +67,32 @@ def test_captions_are_several_and_the_first_tells_items_apart(source: Source) ->
     by_id = {item.id: item for item in source}
     assert by_id["flat/1f34e"].captions[0] == "a flat drawing of a red apple"
     assert by_id["3d/1f34e"].captions[1] == "red apple, 3D render"
+
+
+def test_questions_are_answered(source: Source) -> None:
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in source:
+        for question, answer in item.questions:
+            answers[question][answer] += 1
+    always = {"which style?": 5, "what group?": 9, "which background colour?": len(BACKGROUNDS)}
+    assert {question: len(answers[question]) for question in always} == always
+    assert all(answers[question].total() == len(source) for question in (*always, "what is it?"))
+    assert set(answers["how many?"]) == {"one", "two", "three", "four"}
+    assert {"face", "hand", "heart", "man"} < set(answers["what moves?"])
+    assert set(answers) == {*always, "what is it?", "how many?", "what moves?"}
+
+
+def test_held_out_skin_tones_can_be_asked_for() -> None:
+    source = open_source(TONES)
+    assert len(source) == 180
+    assert sum(file.stat().st_size for file in TONES.rglob("*") if file.is_file()) <= 5e5
+    for item in source:
+        style, code = style_and_code(item.id)
+        assert style in ("3d", "noto")
+        assert item.split == split_of(code) == "validation"
+        assert f"{dict(item.questions)['which skin tone?']} skin tone" in item.captions[0]
+        assert read_image(item.media).size == (64, 64)
+    assert set(Counter(dict(item.questions)["which skin tone?"] for item in source).values()) == {36}
 
 
 def test_columns_say_what_captions_say() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from emulus.data.loader import (
     NO_WORDS,
     QUESTION,
     TEXT,
+    Documents,
     Loader,
     Planner,
     Reader,
@@ -30,7 +32,7 @@ from emulus.data.loader import (
 from emulus.data.mixture import Mixture, Part, parse_part
 from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, shard_name, write_shard
 from emulus.errors import EmulusError
-from emulus.sequence import Batch, Document, Text, caption_first, caption_last, question_answer
+from emulus.sequence import Batch, Document, Text, caption_first, caption_last, conversation, question_answer
 from tests.data.folders import Thing, documents_of, grammar_of_things, make_folder, make_things, to_record
 
 GRAMMAR = grammar_of_things()
@@ -45,6 +47,15 @@ MEDIA = {
 }
 WORDS = {("train", "text"): make_things("text", 40, "train/text")}
 THINGS = {thing.id: thing for things in [*MEDIA.values(), *WORDS.values()] for thing in things}
+TALKS = {
+    ("train", "image"): [
+        replace(
+            thing, questions=tuple((f"what is {place}?", f"it is {place}, {number}") for place in range(number % 7))
+        )
+        for number, thing in enumerate(make_things("image", 28, "talks"))
+    ]
+}
+THINGS |= {thing.id: thing for thing in TALKS["train", "image"]}
 ROW = 320
 
 
@@ -56,6 +67,11 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("words") / "tokens", WORDS, vision="")
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    return Mixture.open([str(make_folder(tmp_path_factory.mktemp("talks") / "tokens", TALKS))])
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +146,47 @@ def test_only_the_question_is_not_learned(mixture: Mixture) -> None:
         unlearned = batch.targets[batch.loss_weights == 0].tolist()
         assert unlearned == [*asked, GRAMMAR.vocabulary.pad]
         assert set(batch.loss_weights.tolist()) == {0, 0.25, 1}
+
+
+@given(st.integers(1, 8), st.integers(0, 5), st.integers(60, ROW))
+@settings(max_examples=8, deadline=None)
+def test_conversations_are_what_the_grammar_builds(talks: Mixture, turns: int, seed: int, row: int) -> None:
+    reading = ReadingConfig(question=1, turns=turns)
+    documents = Planner(talks, reading, seed=seed, row_tokens=row, window=32).documents(np.arange(28))
+    reader = Reader(talks, 0.5)
+    for number in np.flatnonzero(documents.task == QUESTION).tolist():
+        thing = thing_at(talks, 0, int(documents.record[number]))
+        assert thing.media is not None
+        start = (int(documents.words[number]) - len(thing.captions)) // 2
+        places = start + np.arange(documents.turns[number]) * documents.stride[number]
+        pairs = [thing.questions[place % len(thing.questions)] for place in places.tolist()]
+        assert len(set(pairs)) == len(pairs) <= min(turns, len(thing.questions))
+        batch = reader.row(documents, [number])
+        assert batch.input_ids.tolist() == GRAMMAR.build(conversation(thing.media, pairs))
+        assert batch.document_lengths == [documents.lengths[number]]
+        assert len(pairs) == 1 or documents.lengths[number] <= row
+        asked = "\n".join(f"Question: {question}\nAnswer:" for question, _ in pairs)
+        unlearned = batch.targets[batch.loss_weights == 0].tolist()
+        assert (GRAMMAR.text.decode(unlearned[:-1]), unlearned[-1]) == (asked, GRAMMAR.vocabulary.pad)
+
+
+def test_conversations_are_as_long_as_asked_and_begin_anywhere(talks: Mixture) -> None:
+    def documents(**reading: int) -> Documents:
+        config = ReadingConfig(question=1, **reading)
+        return Planner(talks, config, seed=0, row_tokens=ROW, window=32).documents(np.arange(4000))
+
+    questions = talks.sources[0].spans.questions
+    found = documents(turns=3)
+    six = questions[found.record] == 6
+    assert np.allclose(np.bincount(found.turns[six])[1:] / six.sum(), 1 / 3, atol=0.06)
+    assert set(found.stride[six].tolist()) == {1, 5}
+    assert set(found.turns[questions[found.record] == 1].tolist()) == {1}
+    assert max(documents(turns=9).turns) == 6
+    # What else is drawn does not depend on the number of turns.
+    alone = documents(turns=1)
+    for name in ("record", "task", "words"):
+        assert getattr(alone, name).tolist() == getattr(found, name).tolist()
+    assert set(alone.turns.tolist()) == {1}
 
 
 def test_draws_come_as_often_as_asked(mixture: Mixture) -> None:
@@ -351,6 +408,11 @@ def test_shares_of_documents_are_shares(share: float) -> None:
     for name in ("caption_first", "null_caption", "question"):
         with pytest.raises(EmulusError, match=name):
             ReadingConfig(**{name: share})
+
+
+def test_no_turns_are_refused() -> None:
+    with pytest.raises(EmulusError, match="turns must be at least 1"):
+        ReadingConfig(turns=0)
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from emulus.data.tokens import TokenizedItem
-from emulus.evaluate.choice import Accuracy, caption_scores, choose, make_groups, picture_scores
+from emulus.evaluate.choice import Accuracy, Ranks, caption_scores, choose, make_groups, picture_scores, ranks_of
 from emulus.model import Decoder
 from emulus.model.attention import Row
 from emulus.pipeline import Emulus
@@ -56,8 +58,9 @@ def test_a_model_that_knows_picks_right(model: Emulus, learned: Decoder) -> None
     found = choose(learned, model.grammar, make_groups(items(), size=8, count=1))
     assert found is not None
     assert (found.candidates, found.groups, found.chance) == (8, 1, 1 / 8)
-    for accuracy in (found.picture_raw, found.picture_pmi, found.caption_raw, found.caption_pmi):
-        assert (accuracy.right, accuracy.asked) == (8, 8)
+    for ranks in (found.picture_raw, found.picture_pmi, found.caption_raw, found.caption_pmi):
+        assert ranks is not None
+        assert (ranks.top1.right, ranks.top1.asked, ranks.median) == (8, 8, 1)
 
 
 def test_a_model_that_prefers_one_picture_is_right_once(model: Emulus, learned: Decoder) -> None:
@@ -72,7 +75,9 @@ def test_a_model_that_prefers_one_picture_is_right_once(model: Emulus, learned: 
     ]
     found = choose(learned, model.grammar, [moved])
     assert found is not None
-    assert found.picture_pmi.right == found.caption_raw.right == 2
+    assert found.picture_pmi is not None
+    assert found.picture_pmi.top1.right == found.caption_raw.top1.right == 2
+    assert found.picture_pmi.top10.right == 8
 
 
 def test_mutual_information_subtracts_the_score_without_a_caption(model: Emulus, learned: Decoder) -> None:
@@ -113,6 +118,42 @@ def test_same_caption_never_meets_itself() -> None:
 
 def test_too_few_pictures(model: Emulus) -> None:
     assert choose(model.decoder, model.grammar, make_groups(items(), size=16)) is None
+
+
+def test_only_captions(model: Emulus, learned: Decoder) -> None:
+    groups = make_groups(items(), size=8, count=1)
+    found = choose(learned, model.grammar, groups, pictures=False)
+    both = choose(learned, model.grammar, groups)
+    assert found is not None
+    assert both is not None
+    assert found.picture_pmi is found.picture_raw is found.caption_neighbour is None
+    assert (found.caption_raw, found.caption_pmi) == (both.caption_raw, both.caption_pmi)
+
+
+def test_neighbours_choose_by_shared_words(model: Emulus, learned: Decoder) -> None:
+    groups = make_groups(items(), size=8, count=1)
+    same = {item.id: f"{item.captions[0]} indeed" for item in items()}
+    known = choose(learned, model.grammar, groups, pictures=False, neighbours=same)
+    nothing = choose(learned, model.grammar, groups, pictures=False, neighbours={})
+    assert known is not None
+    assert nothing is not None
+    assert known.caption_neighbour is not None
+    assert known.caption_neighbour.top1.right == 8
+    assert nothing.caption_neighbour is not None
+    assert nothing.caption_neighbour.top1.right < 6
+
+
+@given(st.integers(2, 12), st.integers(0, 2**31))
+def test_ranks_are_those_of_sorting(size: int, seed: int) -> None:
+    table = np.random.default_rng(seed).normal(size=(size, size))
+    expected = [sorted(row, reverse=True).index(row[place]) + 1 for place, row in enumerate(table.tolist())]
+    assert ranks_of(table) == expected
+    assert ranks_of(np.zeros((size, size))) == [size] * size
+
+
+def test_ranks_in_figures() -> None:
+    found = Ranks.of([1, 1, 3, 6, 6, 11])
+    assert [found.top1.right, found.top5.right, found.top10.right, found.median] == [2, 3, 5, 4.5]
 
 
 def test_wilson_interval() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,13 +16,18 @@ from PIL import Image
 
 from emulus.data.source import open_source
 from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.dual import DualConfig, DualEncoder
 from emulus.errors import EmulusError
 from emulus.evaluate import EvaluateConfig, Gallery, GalleryCounts, Section, encode_examples, evaluate, galleries
+from emulus.evaluate.evaluate import PartName, quickly
 from emulus.evaluate.galleries import GIVEN, MADE, marked
 from emulus.media import Clip
 from emulus.pipeline import Emulus
 
 SHOW = GalleryCounts(reconstructions=2, reconstructed_clips=1, pictures=2, clips=1, continuations=1, captions=4)
+
+
+NOTHING = GalleryCounts(**dict.fromkeys(dataclasses.asdict(SHOW), 0))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,19 @@ def config(model: Emulus, data: Path, tmp_path_factory: pytest.TempPathFactory) 
     model.save(folder / "model")
     (folder / "model" / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "visual": 3, "text": 2}\n')
     return EvaluateConfig(
-        model=folder / "model", data=data, out=folder / "out", choice_size=4, choice_groups=1, show=SHOW
+        model=folder / "model",
+        data=data,
+        out=folder / "out",
+        files=2,
+        drawings=4,
+        various=2,
+        continuations=1,
+        animations=1,
+        choice_size=4,
+        choice_groups=1,
+        rank_size=6,
+        sweeps=2,
+        show=SHOW,
     )
 
 
@@ -45,6 +63,7 @@ def test_whole_evaluation(config: EvaluateConfig, check_page: Callable[[Path], A
     assert {kind: choice["candidates"] for kind, choice in written["choice"].items()} == {
         "mixed styles": 4,
         "same style": 4,
+        "mixed styles, more": 6,
     }
     page = check_page(config.out / "report.html")
     words = "".join(page.words)
@@ -52,13 +71,90 @@ def test_whole_evaluation(config: EvaluateConfig, check_page: Callable[[Path], A
         assert title in words
     for title in ("Clips continued from their first half", "Captions written", "Training of model", "And more"):
         assert title in words
-    assert len(page.images) == 2 * 3 + 2 * 2 + 2 * 1 + 2 * 1 + 4
+    for title in ("Bars", "How right, how real and how new drawings are", "Clips", "Settings of drawing"):
+        assert title in words
+    # These, and the drawings beside training pictures.
+    assert len(page.images) > 2 * 3 + 2 * 2 + 2 * 1 + 2 * 1 + 4
     # Of these, one clip is reconstructed, one drawn and one continued, each beside its original; one is described.
     assert sum(getattr(image, "n_frames", 1) > 1 for image in page.images) >= 4
 
 
+def test_every_part_has_figures_and_a_time(config: EvaluateConfig) -> None:
+    written = json.loads((config.out / "figures.json").read_text())
+    fields = ("reconstruction", "drawing", "clips", "answers", "choice", "likelihood", "bounds", "sweeps")
+    assert all(written[name] for name in fields)
+    assert set(written["seconds"]) == {*get_args(PartName), "training items", "pictures shown"}
+    assert all(seconds >= 0 for seconds in written["seconds"].values())
+    assert written["left_out"] == {}
+    by_name = {bar["name"]: bar for bar in written["bars"]}
+    psnr = by_name["Pictures, reconstructed (16 pixels)"]
+    assert psnr["value"] == written["reconstruction"]["pictures"]["psnr"]
+    assert (psnr["least"], psnr["aim"], psnr["reached"]) == (24, 30, "no")
+    assert (
+        by_name["A picture's caption found"]["value"] == written["choice"]["same style"]["caption_pmi"]["top1"]["share"]
+    )
+    # Nobody asked for a style, and there is no dual encoder.
+    assert by_name['"Which style?" answered right']["reached"] == "not measured"
+    assert by_name["Drawings whose name is found among ten"]["value"] is None
+
+
+def test_parts_that_are_not_asked_for(config: EvaluateConfig, tmp_path: Path) -> None:
+    quiet = dataclasses.replace(config, show=NOTHING, out=tmp_path, parts=("tokenizer", "answers"), answers=2)
+    written = evaluate(quiet)
+    assert written["reconstruction"]
+    assert written["answers"]["items"] == 2
+    assert not any(written[name] for name in ("drawing", "clips", "choice", "likelihood", "bounds", "sweeps"))
+    assert set(written["seconds"]) == {"tokenizer", "answers", "training items", "pictures shown"}
+
+
+def test_what_cannot_be_measured_is_left_out(
+    config: EvaluateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, check_page: Callable[[Path], Any]
+) -> None:
+    """One picture, no clip: no drawings, no continuations, nothing to choose from."""
+    quiet = dataclasses.replace(
+        config, show=NOTHING, out=tmp_path, parts=("drawing", "clips", "choice", "sweeps"), training_items=3
+    )
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, split in {"a": "train", "b": "validation"}.items():
+        Image.new("RGB", (16, 16)).save(pictures / f"{name}.png")
+        with (pictures / "captions.jsonl").open("a") as table:
+            table.write(f'{{"file": "{name}.png", "caption": "{name}", "split": "{split}"}}\n')
+    with caplog.at_level("WARNING", logger="emulus"):
+        written = evaluate(dataclasses.replace(quiet, data=pictures))
+    assert set(written["left_out"]) == {"drawing", "clips", "sweeps"}
+    assert written["choice"] == {}
+    assert "clips is left out: there are no held-out clips" in caplog.text
+    assert "there are no held-out clips" in "".join(check_page(tmp_path / "report.html").words)
+
+
+def test_a_dual_encoder_beside_the_model_judges(config: EvaluateConfig, tmp_path: Path) -> None:
+    dual = DualEncoder(DualConfig(size=16, widths=(8, 8), dimensions=8, buckets=64, piece_width=8, hidden=8)).eval()
+    shutil.copytree(config.model, tmp_path / "model")
+    dual.save(tmp_path / "model" / "dual")
+    quiet = dataclasses.replace(
+        config, show=NOTHING, out=tmp_path, parts=("drawing", "sweeps"), model=tmp_path / "model"
+    )
+    written = evaluate(quiet)
+    assert written["drawing"]["retrieval"]["names"] == 8
+    assert all(point["found"]["top10"]["asked"] == 2 for point in written["sweeps"]["points"])
+    reached = {bar["name"]: bar["reached"] for bar in written["bars"]}
+    assert reached["Drawings whose name is found among ten"] in ("no", "least", "aim")
+    with pytest.raises(EmulusError, match="dual"):
+        evaluate(dataclasses.replace(quiet, dual=tmp_path / "nowhere"))
+
+
+def test_quickly_takes_fewer_of_everything(config: EvaluateConfig) -> None:
+    default = EvaluateConfig(model=config.model, data=config.data, out=config.out)
+    few = quickly(default)
+    assert (few.pictures, few.training_items, few.sweeps) == (32, 100, 0)
+    assert few.show.pictures < default.show.pictures
+    fewer = quickly(dataclasses.replace(default, pictures=3, answers=2, choice_size=4))
+    assert (fewer.pictures, fewer.answers, fewer.choice_size) == (3, 2, 4)
+
+
 def test_training_ids_from_a_tokens_folder_or_a_few_items(config: EvaluateConfig, tmp_path: Path) -> None:
-    quiet = dataclasses.replace(config, show=GalleryCounts(**dict.fromkeys(dataclasses.asdict(SHOW), 0)), documents=2)
+    quiet = dataclasses.replace(config, show=NOTHING, documents=2, parts=("choice", "bits"))
     tokenize(
         TokenizeConfig(
             sources=(config.data,),
@@ -73,7 +169,7 @@ def test_training_ids_from_a_tokens_folder_or_a_few_items(config: EvaluateConfig
     in_memory = evaluate(dataclasses.replace(quiet, training_items=1000, out=tmp_path / "b"))
     assert with_tokens["likelihood"]["documents"] == in_memory["likelihood"]["documents"] == 4
     assert not (tmp_path / "b" / "tokens").exists()
-    few = evaluate(dataclasses.replace(quiet, training_items=3, out=tmp_path / "c", choice_groups=0))
+    few = evaluate(dataclasses.replace(quiet, training_items=3, out=tmp_path / "c", choice_groups=0, rank_groups=0))
     assert few["likelihood"]["training_ids"] < in_memory["likelihood"]["training_ids"]
     assert few["choice"] == {}
 
@@ -103,10 +199,15 @@ def test_no_held_out_items(config: EvaluateConfig, tmp_path: Path) -> None:
         evaluate(dataclasses.replace(config, data=tmp_path, out=tmp_path / "out"))
 
 
-@pytest.mark.parametrize("wrong", [{"pictures": -1}, {"choice_size": 1}])
+@pytest.mark.parametrize("wrong", [{"pictures": -1}, {"choice_size": 1}, {"sweeps": -1}])
 def test_bad_config(config: EvaluateConfig, wrong: dict[str, int]) -> None:
     with pytest.raises(EmulusError, match="must be at least"):
         dataclasses.replace(config, **wrong)
+
+
+def test_unknown_part(config: EvaluateConfig) -> None:
+    with pytest.raises(EmulusError, match="unknown parts taste; there are tokenizer"):
+        dataclasses.replace(config, parts=("taste",))
 
 
 def test_galleries_without_clips_leave_those_sections_out(model: Emulus, data: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emulus.errors import EmulusError
 from emulus.sequence import (
@@ -14,6 +16,7 @@ from emulus.sequence import (
     Grammar,
     Image,
     Text,
+    Turn,
     Video,
     animate,
     answer,
@@ -21,6 +24,8 @@ from emulus.sequence import (
     caption_first,
     caption_last,
     continue_video,
+    conversation,
+    converse,
     draw,
     question_answer,
 )
@@ -82,3 +87,22 @@ def test_captions_and_answers_begin_their_document(grammar: Grammar, media: Imag
     assert taught == [*asked.ids, *grammar.text.encode(" 2"), grammar.vocabulary.eos]
     assert grammar.parse(asked.null_ids).document == Document((Text("Question: how many?\nAnswer:"),))
     assert described.may == asked.may == TEXT_ONLY
+
+
+WORD = st.text(st.characters(categories=["Ll", "Lu", "Nd"]), min_size=1, max_size=9)
+PHRASE = st.lists(WORD, min_size=1, max_size=4).map(" ".join)
+
+
+@given(st.lists(st.tuples(PHRASE, PHRASE), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_conversations_begin_their_document(grammar: Grammar, pairs: list[tuple[str, str]]) -> None:
+    taught = grammar.build(conversation(PICTURE, pairs))
+    for count in range(len(pairs)):
+        said = [
+            Turn(text=question, media=(PICTURE,) * (not n), answer=answer)
+            for n, (question, answer) in enumerate(pairs[:count])
+        ]
+        asked = converse(grammar, [*said, Turn(text=pairs[count][0], media=(PICTURE,) * (not count))])
+        ids = [*asked.ids, *grammar.text.encode(f" {pairs[count][1]}")]
+        assert taught[: len(ids)] == ids
+    assert taught == [*ids, grammar.vocabulary.eos]

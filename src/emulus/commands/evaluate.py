@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from emulus.commands.generate import MODEL
+from emulus.commands.shipped import MODEL
 from emulus.config import from_flags
 from emulus.evaluate.evaluate import REPORT_FILE, EvaluateConfig
 from emulus.evaluate.evaluate import evaluate as run_evaluate

@@ -1,9 +1,9 @@
-"""Drawing, describing and continuing from the command line."""
+"""The playground: drawing, animating, continuing, describing and asking from the command line."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -11,13 +11,17 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 import emulus
+from emulus.commands.shipped import MODEL, shipped
 from emulus.errors import EmulusError
+from emulus.log import logger
 from emulus.media import check_writable, write_image, write_video
+from emulus.media.image import WRITABLE
+from emulus.media.source import opened
+from emulus.media.video import WRITERS
 from emulus.model.quantize import Quantization
 from emulus.options import ScheduleName, schedule_called
 
 Options = TypeVar("Options")
-MODEL = Path("checkpoints/emoji")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +63,8 @@ class ModelOptions:
         Raises:
             EmulusError: There is none, or it is damaged.
         """
-        if self.model == str(MODEL) and not MODEL.exists():
-            raise EmulusError(f"the model that comes with Emulus lies in its repository, at {MODEL}: give --model here")
         return emulus.load(
-            self.model,
+            shipped(MODEL, "--model") if self.model == str(MODEL) else self.model,
             vision=self.vision,
             device=self.device,
             dtype=self.dtype,
@@ -76,22 +78,15 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ModelOptions):
-    """Draw a picture, or a clip.
+class DrawingOptions(ModelOptions):
+    """What pictures and clips from words have in common.
 
     Attributes:
         prompt: What it shows.
-        out: The file to write; its ending chooses the format (.png .jpg .webp, for clips .webp .mp4 .gif .webm).
-        video: A clip instead of a picture.
         negative_prompt: What to lead away from; the model's own by default.
         height: In pixels; the model's own size by default.
         width: In pixels.
-        ratio: Instead of both, width:height such as 16:9, of as many pixels as the model draws or ``image_area``.
-        image_area: In pixels.
-        num_frames: Length of a clip.
-        fps: Frame rate of a clip.
-        seed: The same seed gives the same picture.
-        num_images: How many pictures, numbered from the second on.
+        seed: The same seed gives the same result.
         guidance_scale: How strongly to follow the prompt; 1 is unguided.
         temperature: 0 takes the likeliest id each time.
         top_k: Choose among this many likeliest ids.
@@ -99,42 +94,102 @@ class GenerateOptions(ModelOptions):
     """
 
     prompt: Annotated[str, tyro.conf.Positional]
-    out: Path | None = None
-    video: bool = False
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
-    ratio: str | None = None
-    image_area: int | None = None
-    num_frames: int | None = None
-    fps: float | None = None
     seed: int = 0
-    num_images: int = 1
     guidance_scale: float | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
 
+    def drawing(self) -> dict[str, Any]:
+        """These options as a model takes them."""
+        names = ("negative_prompt", "height", "width", "seed", "guidance_scale", "temperature", "top_k", "top_p")
+        return _values(self, names)
+
+    def judge_size(self, model: emulus.Emulus) -> None:
+        """Say so if a model of one size was asked for another one: it draws, but what comes out is no measure of it."""
+        own = model.defaults
+        height, width = self.height or own.height, self.width or own.width
+        if model.bundle.preset == "native" and (height, width) != (own.height, own.width):
+            logger.warning(f"the model learnt {own.width}x{own.height} pixels and does worse at {width}x{height}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class DescribeOptions(ModelOptions):
-    """Write captions, or answer a question.
+class GenerateOptions(DrawingOptions):
+    """Draw pictures from words.
 
     Attributes:
-        file: Pictures or clips. Each gets a caption; a question is about all of them.
-        question: Answer this instead of writing captions.
+        out: The file to write; its ending chooses the format (.png .jpg .webp).
+        ratio: Instead of height and width, width:height such as 16:9, of as many pixels as the model draws or
+            ``image_area``.
+        image_area: In pixels.
+        num_images: How many pictures, numbered from the second on.
+    """
+
+    out: Path = Path("generated.png")
+    ratio: str | None = None
+    image_area: int | None = None
+    num_images: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateOptions(DrawingOptions):
+    """Make a clip from words.
+
+    Attributes:
+        out: The file to write; its ending chooses the format (.webp .mp4 .gif .webm).
+        num_frames: Length; the model's own by default.
+        fps: Frame rate; the model's own by default.
+    """
+
+    out: Path = Path("animated.webp")
+    num_frames: int | None = None
+    fps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(ModelOptions):
+    """What captions and answers have in common.
+
+    Attributes:
         max_new_tokens: Longest caption or answer.
         max_pixels: Larger pictures are shown at this area.
         seed: Matters at a temperature above 0.
         temperature: 0 takes the likeliest id each time.
     """
 
-    file: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    question: str | None = None
     max_new_tokens: int | None = None
     max_pixels: int | None = None
     seed: int = 0
     temperature: float | None = None
+
+    def writing(self) -> dict[str, Any]:
+        """These options as a model takes them."""
+        return _values(self, ("seed", "temperature", "max_new_tokens", "max_pixels"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribeOptions(WritingOptions):
+    """Write captions.
+
+    Attributes:
+        file: Pictures or clips; each gets a line.
+    """
+
+    file: Annotated[tuple[Path, ...], tyro.conf.Positional]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(WritingOptions):
+    """Answer a question about pictures or clips.
+
+    Attributes:
+        words: Pictures or clips, and last the question, in quotes; it is about all of them.
+    """
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE [FILE ...] QUESTION")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,58 +220,106 @@ class ContinueOptions(ModelOptions):
 def generate(arguments: Sequence[str]) -> None:
     """``emulus generate "a red apple" [--out apple.png]``."""
     options = _parse(GenerateOptions, arguments, "emulus generate")
-    out = options.out or Path("generated.webp" if options.video else "generated.png")
-    # A name that cannot be written is better found before the drawing than after it.
-    check_writable(out, clip=options.video)
-    if options.video and options.num_images != 1:
-        raise EmulusError("--num-images is for pictures; run the command again with another --seed for another clip")
-    if not options.video and (options.num_frames is not None or options.fps is not None):
-        raise EmulusError("--num-frames and --fps are for clips: add --video")
-    if options.video and (options.ratio is not None or options.image_area is not None):
-        raise EmulusError("--ratio and --image-area are for pictures; give a clip's --height and --width")
+    _check_out(options.out, clip=False)
     model = options.load()
-    common = _values(options, ("negative_prompt", "height", "width", "seed", *SAMPLING))
-    if options.video:
-        clip = model.generate_video(options.prompt, **common, **_values(options, ("num_frames", "fps")))
-        write_video(clip, out)
-        print(out)
-        return
     shape = _values(options, ("ratio", "image_area"))
-    pictures = model.generate_images([options.prompt], num_images_per_prompt=options.num_images, **shape, **common)
+    drawing = options.drawing()
+    pictures = model.generate_images([options.prompt], num_images_per_prompt=options.num_images, **shape, **drawing)
+    options.judge_size(model)
     for number, picture in enumerate(pictures):
-        path = out if number == 0 else out.with_stem(f"{out.stem}-{number + 1}")
+        path = options.out if number == 0 else options.out.with_stem(f"{options.out.stem}-{number + 1}")
         write_image(picture, path)
         print(path)
 
 
-def describe(arguments: Sequence[str]) -> None:
-    """``emulus describe picture.png [more.png ...] [--question "what is it?"]``."""
-    options = _parse(DescribeOptions, arguments, "emulus describe")
+def animate(arguments: Sequence[str]) -> None:
+    """``emulus animate "a rocket" [--out rocket.webp]``."""
+    options = _parse(AnimateOptions, arguments, "emulus animate")
+    _check_out(options.out, clip=True)
     model = options.load()
-    sampling = _values(options, ("seed", "temperature", "max_new_tokens", "max_pixels"))
-    if options.question is None and len(options.file) > 1:
-        print("\n".join(model.describe_all(options.file, **sampling)))
-        return
-    if options.question is None:
-        pieces = model.stream_description(options.file[0], **sampling)
-    else:
-        pieces = model.stream_answer(options.file, options.question, **sampling)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    length = _values(options, ("num_frames", "fps"))
+    clip = model.generate_video(options.prompt, **length, **options.drawing())
+    options.judge_size(model)
+    write_video(clip, options.out)
+    print(options.out)
 
 
 def continue_(arguments: Sequence[str]) -> None:
     """``emulus continue clip.webp [--out longer.webp]``."""
     options = _parse(ContinueOptions, arguments, "emulus continue")
-    check_writable(options.out, clip=True)
+    _check_out(options.out, clip=True)
+    _check_files([options.file])
     model = options.load()
     names = ("prompt", "num_frames", "seed", "guidance_scale", "temperature", "top_k")
     write_video(model.continue_video(options.file, **_values(options, names)), options.out)
     print(options.out)
 
 
-SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+def describe(arguments: Sequence[str]) -> None:
+    """``emulus describe picture.png [more.png ...]``."""
+    options = _parse(DescribeOptions, arguments, "emulus describe")
+    _check_files(options.file)
+    model = options.load()
+    if len(options.file) == 1:
+        _print_pieces(model.stream_description(options.file[0], **options.writing()))
+    else:
+        print("\n".join(model.describe_all(options.file, **options.writing())))
+
+
+def ask(arguments: Sequence[str]) -> None:
+    """``emulus ask picture.png [more.png ...] "what is it?"``."""
+    options = _parse(AskOptions, arguments, "emulus ask")
+    files, question = _files_and_question(options.words)
+    model = options.load()
+    _print_pieces(model.stream_answer(files, question, **options.writing()))
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _files_and_question(words: Sequence[str]) -> tuple[list[Path], str]:
+    """What is shown, and what is asked about it."""
+    files, question = [Path(word) for word in words[:-1]], words[-1]
+    usage = 'first the files, then the question in quotes: emulus ask picture.png "what is it?"'
+    if _exists(question):
+        raise EmulusError(f"the question is missing after {question}; {usage}")
+    if not files:
+        raise EmulusError(f"there is no file {question}, or no file is named to ask about; {usage}")
+    missing = [file for file in files if not _exists(file)]
+    if missing:
+        raise EmulusError(f"there is no file {missing[0]}; {usage}")
+    _check_files(files)
+    return files, question
+
+
+def _exists(path: str | Path) -> bool:
+    """Whether there is something at a path; a question may be too long for one."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
+def _check_files(files: Iterable[Path]) -> None:
+    """What cannot be opened is better found before the model is read than after it."""
+    for file in files:
+        with opened(file):
+            pass
+
+
+def _check_out(out: Path, *, clip: bool) -> None:
+    """A name that cannot be written is better found before the drawing than after it."""
+    suffix = out.suffix.lower()
+    if clip and suffix in WRITABLE and suffix not in WRITERS:
+        raise EmulusError(
+            f"{out} would be a picture; clips are {' '.join(WRITERS)}, pictures come from emulus generate"
+        )
+    if not clip and suffix in WRITERS and suffix not in WRITABLE:
+        raise EmulusError(f"{out} would be a clip; pictures are {' '.join(WRITABLE)}, clips come from emulus animate")
+    check_writable(out, clip=clip)
 
 
 def _values(options: object, names: Sequence[str]) -> dict[str, Any]:
@@ -227,6 +330,9 @@ def _values(options: object, names: Sequence[str]) -> dict[str, Any]:
 def _parse(kind: type[Options], arguments: Sequence[str], program: str) -> Options:
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     positional = next(field.name for field in fields if "Positional" in str(field.type))
-    if not arguments:
-        raise EmulusError(f"{program} needs a {positional}; see {program} --help")
-    return tyro.cli(kind, args=list(arguments), prog=program)
+    options = tyro.cli(kind, args=list(arguments), prog=program) if arguments else None
+    # Several words may also be none for the parser.
+    if options is None or getattr(options, positional) == ():
+        needed = {"words": "file and a question"}.get(positional, positional)
+        raise EmulusError(f"{program} needs a {needed}; see {program} --help")
+    return options

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emulus.data.item import Item, Kind, Split
+from emulus.data.item import Item, Kind, Question, Split
 from emulus.data.media_dataset import decode_item, shifted, to_pixels, whole_codes
 from emulus.data.records import Ids32, Record, Role, ShardLine, Skipped, Span, shard_name, write_shard
 from emulus.data.tables import plain_name
@@ -237,10 +237,8 @@ class Encoder:
 
     def _words(self, item: Item) -> _Words:
         parts: list[tuple[Role, str]] = [("caption", caption) for caption in item.captions]
-        for question, answer in item.questions:
-            asked = question_answer(_ANY_PICTURE, question, answer).segments
-            texts = [segment.text for segment in asked if isinstance(segment, Text)]
-            parts += zip(("question", "answer"), texts, strict=True)
+        for pair in item.questions:
+            parts += zip(("question", "answer"), as_asked(pair), strict=True)
         ids: list[int] = []
         spans = []
         for role, text in parts:
@@ -275,6 +273,12 @@ class Encoder:
 
 # Which picture is asked about does not change the words.
 _ANY_PICTURE = Image(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def as_asked(pair: Question) -> list[str]:
+    """A question and its answer as they stand in a document, with the words around them."""
+    segments = question_answer(_ANY_PICTURE, *pair).segments
+    return [segment.text for segment in segments if isinstance(segment, Text)]
 
 
 def run_ahead(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:

@@ -1,9 +1,9 @@
 """a mixture of records -> the packed rows of every step, the same on any number of processes.
 
-An endless line of places is filled with records by :mod:`emulus.data.order`; which caption a document has, and in which
-order, is drawn for each place. Every ``window`` places are packed together by their lengths alone, so all processes
-plan the same rows and each reads only its own. Nothing depends on what was read before: where a step begins is two
-numbers, the window and the row in it.
+An endless line of places is filled with records by :mod:`emulus.data.order`; which caption a document has and in which
+order, or which questions it asks, is drawn for each place. Every ``window`` places are packed together by their lengths
+alone, so all processes plan the same rows and each reads only its own. Nothing depends on what was read before: where a
+step begins is two numbers, the window and the row in it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -58,17 +59,21 @@ class ReadingConfig:
     Attributes:
         caption_first: Share of documents that begin with their caption (drawing); the others end with it (captioning).
         null_caption: Share of caption-first documents without a caption, from which guidance learns.
-        question: Share of the documents of records that have questions that ask one and answer it; the question itself
-            is seen and not learned.
+        question: Share of the documents of records that have questions that ask and answer; the questions are seen and
+            not learned.
+        turns: Most questions of a record that one document asks, one after the other, as a conversation does. How many
+            is drawn evenly, so that each number of turns is learned to end; a row's length may cut them short.
         visual_weight: Weight of visual ids in the loss; all others weigh 1 (0.5 in the paper).
     """
 
     caption_first: float = 0.5
     null_caption: float = 0.1
     question: float = 0.3
+    turns: int = 1
     visual_weight: float = 0.5
 
     def __post_init__(self) -> None:
+        at_least(1, turns=self.turns)
         at_least(0, visual_weight=self.visual_weight)
         for name in ("caption_first", "null_caption", "question"):
             if not 0 <= getattr(self, name) <= 1:
@@ -100,7 +105,9 @@ class Documents:
         source: Which source of the mixture.
         record: Which of its records.
         task: ``TEXT``, ``CAPTION_FIRST``, ``CAPTION_LAST`` or ``QUESTION``.
-        words: Which of the record's spans; of a question the one that asks; ``NO_WORDS`` for none.
+        words: Which of the record's spans; of questions the one that asks first; ``NO_WORDS`` for none.
+        turns: How many questions are asked; 1 where none are.
+        stride: How many questions further the next one is, in the circle of the record's.
         lengths: Ids of the document.
     """
 
@@ -108,7 +115,18 @@ class Documents:
     record: Numbers
     task: Numbers
     words: Numbers
+    turns: Numbers
+    stride: Numbers
     lengths: Numbers
+
+
+class Chosen(NamedTuple):
+    """What some records become: as in :class:`Documents`."""
+
+    task: Numbers
+    words: Numbers
+    turns: Numbers
+    stride: Numbers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,22 +137,17 @@ class Plan:
     rows: list[list[int]]
 
 
-def draw(
-    spans: Spans, records: Numbers, reading: ReadingConfig, random: npt.NDArray[np.float64]
-) -> tuple[Numbers, Numbers]:
+def draw(spans: Spans, records: Numbers, reading: ReadingConfig, random: npt.NDArray[np.float64]) -> Chosen:
     """Choose what documents some records become.
 
     Args:
         spans: What the source has.
         records: Which records.
         reading: How often what is chosen.
-        random: For each record four numbers in [0, 1).
-
-    Returns:
-        The task and the words of each.
+        random: For each record six numbers in [0, 1).
     """
     captions, questions = spans.captions[records], spans.questions[records]
-    asks, which, order, null = random.T
+    asks, which, order, null, many, far = random.T
     asked = (questions > 0) & (asks < reading.question)
     first = (order < reading.caption_first) | (captions == 0)
     none = (captions == 0) | (first & (null < reading.null_caption))
@@ -142,14 +155,61 @@ def draw(
     task = np.select([text, asked, first], [TEXT, QUESTION, CAPTION_FIRST], CAPTION_LAST)
     question = captions + 2 * (which * questions).astype(np.int64)
     words = np.select([text, asked, none], [0, question, NO_WORDS], (which * captions).astype(np.int64))
-    return task, words
+    turns = 1 + (many * np.minimum(questions, reading.turns)).astype(np.int64)
+    return Chosen(task, words, np.where(task == QUESTION, turns, 1), _strides(questions, far))
 
 
-def lengths_of(spans: Spans, records: Numbers, task: Numbers, words: Numbers) -> Numbers:
-    """Ids of the documents that :func:`draw` chose."""
-    known = spans.words
-    place = np.where(words == NO_WORDS, len(known) - 2, spans.first[records] + words)
-    return spans.media[records] + known[place] + np.where(task == QUESTION, known[place + 1], 0) + np.int64(ENDS)
+def _strides(counts: npt.NDArray[np.integer], random: npt.NDArray[np.float64]) -> Numbers:
+    """For each count one of the strides that meet all of a circle of so many before any comes again."""
+    found = np.ones(len(counts), np.int64)
+    for count in np.unique(counts).tolist():
+        here, strides = counts == count, _coprime(count)
+        found[here] = strides[(random[here] * len(strides)).astype(np.int64)]
+    return found
+
+
+@lru_cache(maxsize=64)
+def _coprime(count: int) -> Numbers:
+    numbers = np.arange(1, max(count, 1) + 1)
+    return numbers[np.gcd(numbers, max(count, 1)) == 1]
+
+
+def lengths_of(spans: Spans, records: Numbers, chosen: Chosen, *, between: int, most: int) -> tuple[Numbers, Numbers]:
+    """Ids of the documents that :func:`draw` chose.
+
+    Args:
+        spans: What the source has.
+        records: Which records.
+        chosen: What they become.
+        between: Ids between an answer and the next question.
+        most: Ids of a document beyond which no further question is asked.
+
+    Returns:
+        The lengths, and the turns that they hold.
+    """
+    task, words, turns, stride = chosen
+    known, first = spans.words, spans.first[records]
+    captions, questions = (counts[records].astype(np.int64) for counts in (spans.captions, spans.questions))
+    place = np.where(words == NO_WORDS, len(known) - 2, first + words)
+    lengths = spans.media[records] + known[place] + np.where(task == QUESTION, known[place + 1], 0) + np.int64(ENDS)
+    circle = np.maximum(questions, 1)
+    for turn in range(1, int(turns.max(initial=1))):
+        place = first + _asked(words, captions, circle, stride, turn)
+        more = np.zeros_like(lengths)
+        goes_on = turns > turn
+        more[goes_on] = between + known[place[goes_on]] + known[place[goes_on] + 1]
+        goes_on &= lengths + more <= most
+        lengths = np.where(goes_on, lengths + more, lengths)
+        turns = np.where(goes_on, turns, np.minimum(turns, turn))
+    return lengths, turns
+
+
+Whole = TypeVar("Whole", int, Numbers)
+
+
+def _asked(words: Whole, captions: Whole, questions: Whole, stride: Whole, turn: int) -> Whole:
+    """The span that asks in a turn: questions and their answers follow the captions and are a circle."""
+    return captions + 2 * (((words - captions) // 2 + turn * stride) % questions)
 
 
 class Planner:
@@ -169,19 +229,25 @@ class Planner:
         self.seed = seed
         self.row_tokens = row_tokens
         self.window = window
+        self._between = len(mixture.between)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
 
     def documents(self, places: Numbers) -> Documents:
         """The documents at some places of the endless line."""
         source, within = mixed(places, self.mixture.weights)
-        random = uniform(self.seed, _DOCUMENT, places[:, None], np.arange(4))
-        record, task, words, lengths = (np.zeros(len(places), np.int64) for _ in range(4))
+        random = uniform(self.seed, _DOCUMENT, places[:, None], np.arange(6))
+        record, task, words, turns, stride, lengths = (np.zeros(len(places), np.int64) for _ in range(6))
         for number, found in enumerate(self.mixture.sources):
             here = source == number
             record[here] = shuffled(within[here], len(found), int(hashed(self.seed, _ORDER, number)[0]))
-            task[here], words[here] = draw(found.spans, record[here], self.reading, random[here])
-            lengths[here] = lengths_of(found.spans, record[here], task[here], words[here])
-        return Documents(source=source, record=record, task=task, words=words, lengths=lengths)
+            chosen = draw(found.spans, record[here], self.reading, random[here])
+            task[here], words[here], _, stride[here] = chosen
+            lengths[here], turns[here] = lengths_of(
+                found.spans, record[here], chosen, between=self._between, most=self.row_tokens
+            )
+        return Documents(
+            source=source, record=record, task=task, words=words, turns=turns, stride=stride, lengths=lengths
+        )
 
     def plan(self, window: int) -> Plan:
         """The rows of a window. Not for several threads at once."""
@@ -199,6 +265,14 @@ class Planner:
         return Plan(documents=documents, rows=[rows[number] for number in order.tolist()])
 
 
+class _Piece(NamedTuple):
+    """A stretch of a document."""
+
+    ids: Ids32
+    seen: bool = False
+    """Whether it is seen and not learned."""
+
+
 class Reader:
     """Reads rows that are planned."""
 
@@ -206,7 +280,9 @@ class Reader:
         self.mixture = mixture
         self.vocabulary: Vocabulary = mixture.vocabulary
         self.visual_weight = visual_weight
-        self._bos, self._eos = (np.array([id], np.uint32) for id in (self.vocabulary.bos, self.vocabulary.eos))
+        self._bos, self._eos, self._between = (
+            np.array(ids, np.uint32) for ids in ([self.vocabulary.bos], [self.vocabulary.eos], mixture.between)
+        )
 
     def row(self, documents: Documents, chosen: Sequence[int]) -> Batch:
         """Read documents and join them.
@@ -214,31 +290,22 @@ class Reader:
         Raises:
             EmulusError: A record is damaged, or not the one that was planned with.
         """
-        pieces: list[Ids32] = []
-        prompts: list[slice] = []
+        pieces: list[_Piece] = []
         numbers = np.array(chosen, np.int64)
-        tasks, words, lengths = (
-            each[numbers].tolist() for each in (documents.task, documents.words, documents.lengths)
-        )
-        end = 0
+        lengths = documents.lengths[numbers].tolist()
         for place, record in enumerate(self._records(documents, numbers)):
-            parts = self._parts(record, tasks[place], words[place])
-            if sum(map(len, parts)) != lengths[place]:
+            parts = self._parts(record, documents, chosen[place])
+            found = sum(len(part.ids) for part in parts)
+            if found != lengths[place]:
                 source = self.mixture.sources[int(documents.source[chosen[place]])].part.name
                 raise EmulusError(
-                    f"{source}: {record.id} makes {sum(map(len, parts))} ids where its lengths say {lengths[place]}: "
+                    f"{source}: {record.id} makes {found} ids where its lengths say {lengths[place]}: "
                     f"a shard and its lengths do not belong together; {REMEDY}"
                 )
-            if tasks[place] == QUESTION:
-                asked = end + len(parts[0]) + len(parts[1])
-                prompts.append(slice(asked, asked + len(parts[2])))
             pieces += parts
-            end += lengths[place]
-        ids = np.concatenate(pieces).astype(np.int64)
+        ids = np.concatenate([piece.ids for piece in pieces]).astype(np.int64)
         self._check_ids(ids, documents, numbers)
-        prompt = np.zeros(len(ids), bool)
-        for part in prompts:
-            prompt[part] = True
+        prompt = np.repeat([piece.seen for piece in pieces], [len(piece.ids) for piece in pieces])
         return join(ids, lengths, self.vocabulary, visual_weight=self.visual_weight, prompt=prompt)
 
     def _records(self, documents: Documents, numbers: Numbers) -> list[Record]:
@@ -260,11 +327,11 @@ class Reader:
                 "tokenize again, to another folder"
             )
 
-    def _parts(self, record: Record, task: int, words: int) -> list[Ids32]:
+    def _parts(self, record: Record, documents: Documents, number: int) -> list[_Piece]:
         """The ids of a document, from BOS to EOS, in pieces."""
-        spans = [record.ids[span.start : span.stop] for span in record.spans]
-        needed = words + 2 if task == QUESTION else words + 1
-        if needed > len(spans) or (task == TEXT) != (record.kind == "text"):
+        spans = [_Piece(record.ids[span.start : span.stop]) for span in record.spans]
+        task, words = int(documents.task[number]), int(documents.words[number])
+        if words >= len(spans) or (task == TEXT) != (record.kind == "text"):
             return []
         chosen = spans[words : words + 1] if words != NO_WORDS else []
         if task == TEXT:
@@ -274,8 +341,22 @@ class Reader:
         elif task == CAPTION_LAST:
             middle = [spans[-1], *chosen]
         else:
-            middle = [spans[-1], *spans[words : words + 2]]
-        return [self._bos, *middle, self._eos]
+            turns, stride = int(documents.turns[number]), int(documents.stride[number])
+            middle = [spans[-1], *self._conversation(record, spans, words, turns, stride)]
+        return [_Piece(self._bos), *middle, _Piece(self._eos)]
+
+    def _conversation(
+        self, record: Record, spans: Sequence[_Piece], words: int, turns: int, stride: int
+    ) -> Iterator[_Piece]:
+        """Questions with their answers; all but the answers is only seen."""
+        roles = [span.role for span in record.spans]
+        captions, questions = roles.count("caption"), roles.count("question")
+        for turn in range(turns if questions else 0):
+            place = _asked(words, captions, questions, stride, turn)
+            if turn:
+                yield _Piece(self._between, seen=True)
+            yield _Piece(spans[place].ids, seen=True)
+            yield spans[place + 1]
 
 
 class Loader:
@@ -482,7 +563,7 @@ def held_out(mixture: Mixture, count: int, reading: ReadingConfig, row_tokens: i
     ]
     if not parts:
         return []
-    names = ("source", "record", "task", "words", "lengths")
+    names = [field.name for field in fields(Documents)]
     documents = Documents(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
     for number in np.flatnonzero(documents.lengths > row_tokens).tolist():
         record = held.read(int(documents.source[number]), [int(documents.record[number])])[0]
@@ -501,11 +582,14 @@ def _some(source: Source, number: int, count: int) -> Documents:
     records = usable[even(range(len(usable)), max(count, 1))]
     orders = np.where(np.arange(len(records)) % 2 == 0, CAPTION_LAST, CAPTION_FIRST)
     task = np.where(spans.media[records] == 0, TEXT, orders)
-    words = np.zeros(len(records), np.int64)
+    none, one = np.zeros(len(records), np.int64), np.ones(len(records), np.int64)
+    lengths, _ = lengths_of(spans, records, Chosen(task, none, one, one), between=0, most=0)
     return Documents(
         source=np.full(len(records), number),
         record=records,
         task=task,
-        words=words,
-        lengths=lengths_of(spans, records, task, words),
+        words=none,
+        turns=one,
+        stride=one,
+        lengths=lengths,
     )

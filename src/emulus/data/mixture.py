@@ -22,6 +22,7 @@ from emulus.data.records import LETTERS, REMEDY, Kind, Record, Shard, ShardLine,
 from emulus.data.source import even
 from emulus.data.tokens import TokenizedItem, Tokens
 from emulus.errors import EmulusError, did_you_mean
+from emulus.sequence.templates import NATIVE
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
 
@@ -302,6 +303,11 @@ class Mixture:
     def text(self) -> TextTokenizer:
         """The text tokenizer of all parts."""
         return self.tokens.text
+
+    @property
+    def between(self) -> list[int]:
+        """What stands between an answer and the next question, as ids."""
+        return self.text.encode(NATIVE.between)
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
 
 from emulus.config import to_dict
-from emulus.data.encoder import Unit
+from emulus.data.encoder import Unit, as_asked
 from emulus.data.item import KINDS, SPLITS, Item, Kind, Split
 from emulus.data.records import ShardLine, add_to_manifest, lengths_path, only_run, read_manifest
 from emulus.data.source import even, open_source
@@ -412,7 +412,7 @@ def _training_words(items: Sequence[Item]) -> Iterator[str]:
     for item in training:
         yield from item.captions
         for pair in item.questions:
-            yield from pair
+            yield from as_asked(pair)
     for item in even([item for item in training if item.kind == "text"], _TRAINING_TEXTS):
         try:
             yield item.text[:_TRAINING_LETTERS]

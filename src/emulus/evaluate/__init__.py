@@ -1,6 +1,9 @@
-"""model -> scores. Reconstruction, likelihood and choice on held-out data, and a report to look at."""
+"""model -> scores. What a model does with held-out pictures, clips and words, and a report to look at."""
 
-from emulus.evaluate.choice import Accuracy, Choice, choose, make_groups
+from emulus.evaluate.answers import Answers, answers
+from emulus.evaluate.bars import Bar, bars
+from emulus.evaluate.bounds import Bounds, bounds
+from emulus.evaluate.choice import Accuracy, Choice, Ranks, choose, make_groups
 from emulus.evaluate.curves import curves_of
 from emulus.evaluate.evaluate import EvaluateConfig, evaluate, held_out_examples, measure, training_items
 from emulus.evaluate.galleries import GalleryCounts, galleries
@@ -8,11 +11,15 @@ from emulus.evaluate.held_out import Example, encode_examples
 from emulus.evaluate.likelihood import BitsPerId, Likelihood, Part, likelihood
 from emulus.evaluate.reconstruction import CodecQuality, Quality, Reconstruction, reconstruct
 from emulus.evaluate.report import Curves, Figure, Figures, Gallery, Report, Section, Shot, Text, Tile, write_report
-from emulus.evaluate.summary import Measurements, figures_section
+from emulus.evaluate.summary import Measurements, bars_section, figures_section
+from emulus.evaluate.sweeps import SweepConfig, Sweeps, sweeps
 
 __all__ = [
     "Accuracy",
+    "Answers",
+    "Bar",
     "BitsPerId",
+    "Bounds",
     "Choice",
     "CodecQuality",
     "Curves",
@@ -26,12 +33,19 @@ __all__ = [
     "Measurements",
     "Part",
     "Quality",
+    "Ranks",
     "Reconstruction",
     "Report",
     "Section",
     "Shot",
+    "SweepConfig",
+    "Sweeps",
     "Text",
     "Tile",
+    "answers",
+    "bars",
+    "bars_section",
+    "bounds",
     "choose",
     "curves_of",
     "encode_examples",
@@ -43,6 +57,7 @@ __all__ = [
     "make_groups",
     "measure",
     "reconstruct",
+    "sweeps",
     "training_items",
     "write_report",
 ]

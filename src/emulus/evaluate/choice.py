@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from emulus.data.tokens import TokenizedItem
 from emulus.evaluate.scores import Ids, Scores, score, score_endings
+from emulus.evaluate.words import overlap
 from emulus.log import progress
 from emulus.model import Decoder
 from emulus.sequence import Grammar, Image, caption_first, caption_last, modalities, templates
@@ -54,6 +56,29 @@ class Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where the right one stood among all candidates, 1 being the first.
+
+    Attributes:
+        top1: How often it was the first.
+        top5: How often among the first five.
+        top10: How often among the first ten.
+        median: The middle rank.
+    """
+
+    top1: Accuracy
+    top5: Accuracy
+    top10: Accuracy
+    median: float
+
+    @classmethod
+    def of(cls, ranks: Sequence[int]) -> Ranks:
+        """Of at least one rank."""
+        top1, top5, top10 = (Accuracy.of(sum(rank <= most for rank in ranks), len(ranks)) for most in (1, 5, 10))
+        return cls(top1=top1, top5=top5, top10=top10, median=statistics.median(ranks))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """Both directions, by raw likelihood and by pointwise mutual information.
 
@@ -61,53 +86,65 @@ class Choice:
 
     Attributes:
         candidates: In each question.
-        chance: What guessing scores.
+        chance: How often guessing is right.
         groups: Of as many pictures as there are candidates; every one of a group is asked for once.
-        picture_raw: Caption to picture, by log p(picture | caption).
-        picture_pmi: Caption to picture, by log p(picture | caption) - log p(picture | no caption).
         caption_raw: Picture to caption, by log p(caption | picture).
         caption_pmi: Picture to caption, by log p(caption | picture) - log p(caption | no picture).
+        picture_raw: Caption to picture, by log p(picture | caption); ``None`` where that was not asked.
+        picture_pmi: Caption to picture, by log p(picture | caption) - log p(picture | no caption); likewise.
+        caption_neighbour: Picture to caption without the decoder: by the words that a candidate shares with the
+            caption of the nearest training picture (see :func:`emulus.evaluate.peers.nearest`).
     """
 
     candidates: int
     chance: float
     groups: int
-    picture_raw: Accuracy
-    picture_pmi: Accuracy
-    caption_raw: Accuracy
-    caption_pmi: Accuracy
+    caption_raw: Ranks
+    caption_pmi: Ranks
+    picture_raw: Ranks | None = None
+    picture_pmi: Ranks | None = None
+    caption_neighbour: Ranks | None = None
 
 
-def choose(decoder: Decoder, grammar: Grammar, groups: Sequence[Sequence[TokenizedItem]]) -> Choice | None:
-    """Ask for every picture of every group by its caption, and for every caption by its picture.
+def choose(
+    decoder: Decoder,
+    grammar: Grammar,
+    groups: Sequence[Sequence[TokenizedItem]],
+    *,
+    pictures: bool = True,
+    neighbours: Mapping[str, str] | None = None,
+) -> Choice | None:
+    """Ask for every caption of every group by its picture, and for every picture by its caption.
 
     Args:
         decoder: The model.
         grammar: documents -> ids.
         groups: See :func:`make_groups`; all of one size.
+        pictures: Whether to ask for pictures, too. Every picture is scored under every caption for that, which takes
+            as many times as long as a picture has more ids than a caption.
+        neighbours: By the items' ids, captions of the nearest training pictures.
 
     Returns:
         The figures, or ``None`` without groups.
     """
     if not groups:
         return None
-    right = np.zeros(4, dtype=np.int64)
+    found: dict[str, list[int]] = {}
     for group in progress(groups, what="choosing among pictures and captions"):
-        pictures, pictures_alone = picture_scores(decoder, grammar, group)
-        captions, captions_alone = caption_scores(decoder, grammar, group)
-        tables = (pictures, pictures - pictures_alone, captions, captions - captions_alone)
-        right += [_right(table) for table in tables]
+        tables = _tables("caption", *caption_scores(decoder, grammar, group))
+        if pictures:
+            tables |= _tables("picture", *picture_scores(decoder, grammar, group))
+        if neighbours is not None:
+            tables["caption_neighbour"] = neighbour_scores(group, neighbours)
+        for name, table in tables.items():
+            found.setdefault(name, []).extend(ranks_of(table))
     size = len(groups[0])
-    picture_raw, picture_pmi, caption_raw, caption_pmi = (Accuracy.of(int(n), size * len(groups)) for n in right)
-    return Choice(
-        candidates=size,
-        chance=1 / size,
-        groups=len(groups),
-        picture_raw=picture_raw,
-        picture_pmi=picture_pmi,
-        caption_raw=caption_raw,
-        caption_pmi=caption_pmi,
-    )
+    ranks = {name: Ranks.of(each) for name, each in found.items()}
+    return Choice(candidates=size, chance=1 / size, groups=len(groups), **ranks)
+
+
+def _tables(name: str, table: Matrix, alone: Scores) -> dict[str, Matrix]:
+    return {f"{name}_raw": table, f"{name}_pmi": table - alone}
 
 
 def picture_scores(decoder: Decoder, grammar: Grammar, group: Sequence[TokenizedItem]) -> tuple[Matrix, Scores]:
@@ -135,10 +172,17 @@ def caption_scores(decoder: Decoder, grammar: Grammar, group: Sequence[Tokenized
     return table[:-1], table[-1]
 
 
-def _right(table: Matrix) -> int:
-    """In how many rows the diagonal alone is the highest."""
-    best = table == table.max(1, keepdims=True)
-    return int((best.diagonal() & (best.sum(1) == 1)).sum())
+def neighbour_scores(group: Sequence[TokenizedItem], neighbours: Mapping[str, str]) -> Matrix:
+    """Words that each caption, a column, shares with the caption of each picture's neighbour, a row."""
+    shared = [[overlap(neighbours.get(item.id, ""), other.captions[0]) for other in group] for item in group]
+    # Captions of the same style tie all the time; lots are drawn then, so that nobody gains from it.
+    return np.array(shared) + np.random.default_rng(len(group)).uniform(0, 1e-6, (len(group), len(group)))
+
+
+def ranks_of(table: Matrix) -> list[int]:
+    """The rank of the diagonal in each row; what ties with it counts as better."""
+    own = table.diagonal()[:, None]
+    return [int(rank) for rank in (table >= own).sum(1)]
 
 
 def make_groups(

@@ -119,8 +119,7 @@ def _both_orders(grammar: Grammar, items: Sequence[TokenizedItem]) -> tuple[list
     """Ids of each item's two documents, and the kind and order of each."""
     documents: list[Ids] = []
     labels: list[tuple[str, str]] = []
-    for number, item in enumerate(item for item in items if item.captions):
-        caption = item.captions[number % len(item.captions)]
+    for item, caption in with_captions(items):
         kind = "picture" if isinstance(item.media, Image) else "clip"
         for order, document in {
             "caption first": caption_first(caption, item.media),
@@ -129,6 +128,12 @@ def _both_orders(grammar: Grammar, items: Sequence[TokenizedItem]) -> tuple[list
             documents.append(np.array(grammar.build(document)))
             labels.append((kind, order))
     return documents, labels
+
+
+def with_captions(items: Iterable[TokenizedItem]) -> list[tuple[TokenizedItem, str]]:
+    """Items that have captions, each with one of its own: in turn, so that every phrasing has its share."""
+    captioned = [item for item in items if item.captions]
+    return [(item, item.captions[number % len(item.captions)]) for number, item in enumerate(captioned)]
 
 
 def _means(bits: Scores) -> BitsPerId:

@@ -24,6 +24,8 @@ Scores = npt.NDArray[np.float64]
 ROW_IDS = 8192
 _CHUNK = 2**23
 """Most logits in memory at a time (32 MB)."""
+_LANES = 16
+"""Endings that are computed at a time."""
 
 
 @torch.inference_mode()
@@ -67,7 +69,6 @@ def score(
     return scores
 
 
-@torch.inference_mode()
 def score_endings(
     decoder: Decoder, beginning: Ids, endings: Sequence[Ids], *, vocab_range: tuple[int, int] | None = None
 ) -> list[float]:
@@ -82,32 +83,85 @@ def score_endings(
     Returns:
         Natural logarithm of each ending's probability.
     """
-    runner = Runner(decoder, record=False)
-    start = len(beginning)
-    first = runner.new_lane(start)
-    last = _read(runner, first, beginning.tolist())[-1:]
-    lanes = [runner.new_lane(start + len(ending)) for ending in endings]
-    for lane in lanes:
-        lane.begin_like(first, start)
-    feeds = [
-        Feed(lane=lane, ids=ending.tolist(), wanted=range(len(ending)))
-        for lane, ending in zip(lanes, endings, strict=True)
-    ]
-    hidden = runner.forward(feeds).split([len(ending) for ending in endings])
-    before = torch.cat([state for states in hidden for state in (last, states[:-1])])
-    ids = torch.from_numpy(np.concatenate(endings)).to(before.device)
-    scores = log_probabilities(decoder, before, ids, vocab_range)
-    return [float(part.sum()) for part in scores.split([len(ending) for ending in endings])]
+    return Beginning.read(decoder, beginning).scores(endings, vocab_range=vocab_range)
 
 
-def _read(runner: Runner, lane: Lane, ids: Sequence[int]) -> Float[Tensor, "wanted hidden"]:
-    """Compute the beginning of a sequence, in pieces; gives the last state."""
-    hidden = torch.empty(0)
-    for start in range(0, len(ids), AT_ONCE):
-        piece = ids[start : start + AT_ONCE]
-        hidden = runner.forward([Feed(lane=lane, ids=piece)])
-        lane.length += len(piece)
-    return hidden
+class Beginning:
+    """Ids that are computed once, for all that may follow them.
+
+    Attributes:
+        decoder: The model.
+        runner: Computes.
+        lane: Keys and values of the ids.
+        last: What the head reads to foretell the next id.
+    """
+
+    def __init__(self, decoder: Decoder, runner: Runner, lane: Lane, last: Float[Tensor, "1 hidden"]) -> None:
+        self.decoder = decoder
+        self.runner = runner
+        self.lane = lane
+        self.last = last
+
+    @classmethod
+    def read(cls, decoder: Decoder, ids: Ids) -> Beginning:
+        """Compute ids, at least one, from the start of a sequence."""
+        runner = Runner(decoder, record=False)
+        lane, last = runner.new_lane(len(ids)), torch.empty(0)
+        for start in range(0, len(ids), AT_ONCE):
+            piece = ids[start : start + AT_ONCE].tolist()
+            last = runner.forward([Feed(lane=lane, ids=piece)])
+            lane.length += len(piece)
+        return cls(decoder, runner, lane, last)
+
+    def then(self, ids: Ids, *, room: int = 0) -> Beginning:
+        """The same with further ids, if any; this one stays as it is.
+
+        Args:
+            ids: What follows.
+            room: For how many more there shall be room behind them.
+        """
+        lane, last = self._lane(len(ids) + room), self.last
+        if len(ids):
+            last = self.runner.forward([Feed(lane=lane, ids=ids.tolist())])
+            lane.length += len(ids)
+        return Beginning(self.decoder, self.runner, lane, last)
+
+    @torch.inference_mode()
+    def scores(self, endings: Sequence[Ids], *, vocab_range: tuple[int, int] | None = None) -> list[float]:
+        """Natural logarithm of each ending's probability.
+
+        Args:
+            endings: Ids that may follow, at least one each.
+            vocab_range: As in :func:`score`.
+        """
+        # To copy a long beginning takes as long as to compute a few ids, so the copies are used again.
+        longest = max((len(ending) for ending in endings), default=0)
+        lanes = [self._lane(longest) for _ in endings[:_LANES]]
+        found: list[float] = []
+        for start in range(0, len(endings), _LANES):
+            found += self._scores(endings[start : start + _LANES], lanes, vocab_range)
+        return found
+
+    def _scores(
+        self, endings: Sequence[Ids], lanes: Sequence[Lane], vocab_range: tuple[int, int] | None
+    ) -> list[float]:
+        # Nothing is asked of what would follow an ending's last id.
+        lengths = [len(ending) - 1 for ending in endings]
+        feeds = [
+            Feed(lane=lane, ids=ending[:-1].tolist(), wanted=range(length))
+            for ending, length, lane in zip(endings, lengths, lanes, strict=False)
+            if length
+        ]
+        hidden = self.runner.forward(feeds) if feeds else self.last[:0]
+        before = torch.cat([state for states in hidden.split(lengths) for state in (self.last, states)])
+        ids = torch.from_numpy(np.concatenate(endings)).to(before.device)
+        scores = log_probabilities(self.decoder, before, ids, vocab_range)
+        return [float(part.sum()) for part in scores.split([len(ending) for ending in endings])]
+
+    def _lane(self, more: int) -> Lane:
+        lane = self.runner.new_lane(self.lane.length + more)
+        lane.begin_like(self.lane, self.lane.length)
+        return lane
 
 
 def log_probabilities(

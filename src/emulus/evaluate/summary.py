@@ -3,84 +3,92 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from emulus.evaluate.choice import Accuracy, Choice
+from emulus.evaluate.answers import Answered, Answers
+from emulus.evaluate.bars import Bar
+from emulus.evaluate.bounds import Bounds
+from emulus.evaluate.choice import Accuracy, Choice, Ranks
+from emulus.evaluate.clips import ClipFigures
+from emulus.evaluate.drawing import DrawingFigures
 from emulus.evaluate.likelihood import BitsPerId, Likelihood
-from emulus.evaluate.reconstruction import CodecQuality, Reconstruction
-from emulus.evaluate.report import Figure, Figures, Section
+from emulus.evaluate.perceptual import NAME
+from emulus.evaluate.reconstruction import CodecQuality, Quality, Reconstruction
+from emulus.evaluate.report import Figure, Figures, Section, Table
+from emulus.evaluate.sweeps import Sweeps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """All figures of one model.
+    """All figures of one model; a part that was left out has none.
 
     Attributes:
         reconstruction: Of the vision tokenizer.
-        likelihood: Of the decoder.
-        choice: Of the decoder, by how groups were made.
+        drawing: Of pictures drawn from held-out captions.
+        clips: Of clips drawn and continued.
+        answers: Of captions and answers.
+        choice: Of the decoder's likelihood, by how groups were made.
+        likelihood: Bits per id.
+        bounds: Bits of whole pictures and captions.
+        sweeps: Of other settings of drawing.
+        left_out: By part, why it was left out.
+        seconds: By part, of CPU time.
     """
 
-    reconstruction: Reconstruction
-    likelihood: Likelihood | None = None
+    reconstruction: Reconstruction | None = None
+    drawing: DrawingFigures | None = None
+    clips: ClipFigures | None = None
+    answers: Answers | None = None
     choice: Mapping[str, Choice] = field(default_factory=dict)
+    likelihood: Likelihood | None = None
+    bounds: Bounds | None = None
+    sweeps: Sweeps | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def bars_section(found: Sequence[Bar], text: str) -> Section:
+    """What should be reached, and whether it is."""
+    rows = [
+        (
+            f"{bar.name} ({bar.meaning})",
+            bar.written(bar.value),
+            bar.written(bar.least),
+            bar.written(bar.aim),
+            {"aim": "yes, and the aim", "least": "yes"}.get(bar.reached, bar.reached),
+        )
+        for bar in found
+    ]
+    head = ("On things never seen", "This model", "At least", "Aim", "Reached")
+    return Section(title="Bars", text=text, blocks=(Table(head=head, rows=tuple(rows)),))
 
 
 def figures_section(measured: Measurements, text: str) -> Section:
     """The table of figures, under a paragraph that says what was measured on what."""
-    rows = [*_reconstruction(measured.reconstruction), *_likelihood(measured.likelihood), *_choice(measured.choice)]
+    rows = [
+        *_reconstruction(measured.reconstruction),
+        *_likelihood(measured.likelihood),
+        *_bounds(measured.bounds),
+        *_choice(measured.choice),
+        *_answers(measured.answers),
+    ]
     return Section(title="Figures", text=text, blocks=(Figures(rows=tuple(rows)),))
 
 
-def _reconstruction(measured: Reconstruction) -> list[Figure]:
+def _reconstruction(measured: Reconstruction | None) -> list[Figure]:
+    if measured is None:
+        return []
     group = "Reconstruction (higher is better)"
     rows = []
     size = measured.codebook_size
     bits = math.log2(size)
-    if measured.pictures:
-        quality, codecs = measured.pictures, measured.codecs
-        budget = quality.bits / 8
-        rows += [
-            Figure(
-                group=group,
-                name=f"PSNR of {quality.count} pictures",
-                value=f"{quality.psnr:.2f} dB",
-                beside="; ".join(f"{name} {codec.psnr:.2f} dB{_misfit(codec)}" for name, codec in codecs.items()),
-                meaning=f"median {quality.psnr_median:.2f} dB; beside it, the best file of at most as many bits "
-                "over quality and stored size, headers included",
-            ),
-            Figure(
-                group=group,
-                name="SSIM of pictures",
-                value=f"{quality.ssim:.3f}",
-                beside="; ".join(f"{name} {codec.ssim:.3f}" for name, codec in codecs.items()),
-                meaning=f"median {quality.ssim_median:.3f}",
-            ),
-            Figure(
-                group=group,
-                name="Size of a picture",
-                value=f"{quality.bits:,.0f} bits",
-                beside="; ".join(f"{name} {codec.bytes:,.0f} bytes" for name, codec in codecs.items()),
-                meaning=f"{quality.codes:,.0f} codes of {bits:.3g} bits, {budget:,.0f} bytes",
-            ),
-        ]
-    if measured.clips:
-        quality = measured.clips
-        rows += [
-            Figure(
-                group=group,
-                name=f"PSNR of {quality.count} clips",
-                value=f"{quality.psnr:.2f} dB",
-                meaning=f"mean over frames; median {quality.psnr_median:.2f} dB; {quality.codes:,.0f} codes a clip",
-            ),
-            Figure(
-                group=group,
-                name="SSIM of clips",
-                value=f"{quality.ssim:.3f}",
-                meaning=f"median {quality.ssim_median:.3f}",
-            ),
-        ]
+    for kind, quality, codecs in (
+        ("picture", measured.pictures, measured.codecs),
+        ("clip", measured.clips, measured.clip_codecs),
+    ):
+        if quality is not None:
+            rows += _quality(group, kind, quality, codecs, bits)
     codebook = measured.codebook
     rows.append(
         Figure(
@@ -95,11 +103,67 @@ def _reconstruction(measured: Reconstruction) -> list[Figure]:
     return rows
 
 
-def _misfit(codec: CodecQuality) -> str:
+def _quality(
+    group: str, kind: str, quality: Quality, codecs: Mapping[str, CodecQuality], code_bits: float
+) -> list[Figure]:
+    over = "" if kind == "picture" else "mean over frames; "
+    found = [
+        Figure(
+            group=group,
+            name=f"PSNR of {quality.count} {kind}s",
+            value=f"{quality.psnr:.2f} dB",
+            beside="; ".join(f"{name} {codec.psnr:.2f} dB{_misfit(kind, codec)}" for name, codec in codecs.items()),
+            meaning=f"{over}median {quality.psnr_median:.2f} dB"
+            + (
+                "; beside it, the best file of at most as many bits over quality and stored size, headers included"
+                f"{_of_how_many(kind, quality, codecs)}"
+                if codecs
+                else ""
+            ),
+        ),
+        Figure(
+            group=group,
+            name=f"SSIM of {kind}s",
+            value=f"{quality.ssim:.3f}",
+            beside="; ".join(f"{name} {codec.ssim:.3f}" for name, codec in codecs.items()),
+            meaning=f"{over}median {quality.ssim_median:.3f}",
+        ),
+    ]
+    if quality.stlpips is not None:
+        found.append(
+            Figure(
+                group=group,
+                name=f"{NAME} of {kind}s, lower is better",
+                value=f"{quality.stlpips:.3f}",
+                beside="; ".join(
+                    f"{name} {codec.stlpips:.3f}" for name, codec in codecs.items() if codec.stlpips is not None
+                ),
+                meaning=f"{over}median {quality.stlpips_median or 0:.3f}",
+            )
+        )
+    found.append(
+        Figure(
+            group=group,
+            name=f"Size of a {kind}",
+            value=f"{quality.bits:,.0f} bits",
+            beside="; ".join(f"{name} {codec.bytes:,.0f} bytes" for name, codec in codecs.items()),
+            meaning=f"{quality.codes:,.0f} codes of {code_bits:.3g} bits, {quality.bits / 8:,.0f} bytes",
+        )
+    )
+    return found
+
+
+def _of_how_many(kind: str, quality: Quality, codecs: Mapping[str, CodecQuality]) -> str:
+    """Say so where files were made of some only."""
+    count = min(codec.count for codec in codecs.values())
+    return "" if count == quality.count else f", of {count} of these {kind}s"
+
+
+def _misfit(kind: str, codec: CodecQuality) -> str:
     """Say so where a codec had to take more bits."""
     if codec.fits == 1:
         return ""
-    which = "no picture fits" if codec.fits == 0 else f"only {codec.fits:.0%} of the pictures fit"
+    which = f"no {kind} fits" if codec.fits == 0 else f"only {codec.fits:.0%} of the {kind}s fit"
     return f" ({which}: smallest files count, {codec.bytes:,.0f} bytes on average)"
 
 
@@ -133,26 +197,125 @@ def _bits(group: str, name: str, bits: BitsPerId, meaning: str) -> Figure:
     )
 
 
+def _bounds(measured: Bounds | None) -> list[Figure]:
+    if measured is None:
+        return []
+    rows = []
+    for what, given, bound in (
+        ("A picture's codes", "its caption", measured.pictures),
+        ("A caption", "its picture", measured.captions),
+    ):
+        if bound is not None:
+            rows.append(
+                Figure(
+                    group="Whole pictures and captions in bits (lower is better)",
+                    name=what,
+                    value=f"{bound.model:,.0f} bits",
+                    beside=f"xz that knows the training data {bound.xz_told:,.0f}; gzip {bound.gzip:,.0f}; "
+                    f"bigram {bound.bigram:,.0f}; unigram {bound.unigram:,.0f}; as it is {bound.plain:,.0f}",
+                    meaning=f"{bound.model_given:,.0f} for one that knows {given}; mean of {bound.count}, "
+                    f"{bound.ids:.0f} ids each. gzip: all in one file; xz: what they add to the packed training data",
+                )
+            )
+    if (files := measured.files) is not None:
+        rows.append(
+            Figure(
+                group="Whole pictures and captions in bits (lower is better)",
+                name="A WebP file that is as good as what is painted from the codes",
+                value=f"{files.as_good:,.0f} bits",
+                beside=f"lossless {files.lossless:,.0f}",
+                meaning=f"smallest file of at least the same PSNR ({files.psnr:.1f} dB on average), headers included; "
+                f"{files.count} pictures",
+            )
+        )
+    return rows
+
+
 def _choice(measured: Mapping[str, Choice]) -> list[Figure]:
     rows = []
     for kind, choice in measured.items():
         group = f"Choice among {choice.candidates} held-out pictures (chance {choice.chance:.2%}), {kind}"
-        questions = f"{choice.picture_pmi.asked} questions in {choice.groups} group{'s' if choice.groups > 1 else ''}"
-        for name, pmi, raw in (
-            ("A caption's picture", choice.picture_pmi, choice.picture_raw),
-            ("A picture's caption", choice.caption_pmi, choice.caption_raw),
+        questions = f"{choice.caption_pmi.top1.asked} questions in {choice.groups} group{'s' * (choice.groups > 1)}"
+        for name, pmi, raw, peer in (
+            ("A caption's picture", choice.picture_pmi, choice.picture_raw, None),
+            ("A picture's caption", choice.caption_pmi, choice.caption_raw, choice.caption_neighbour),
         ):
+            if pmi is None or raw is None:
+                continue
+            beside = [f"by raw likelihood {_ranks(raw)}"]
+            if peer is not None:
+                beside.append(f"by words of the nearest training picture's caption {_ranks(peer)}")
             rows.append(
                 Figure(
                     group=group,
                     name=name,
-                    value=_accuracy(pmi),
-                    beside=f"by raw likelihood {_accuracy(raw)}",
-                    meaning=f"picked by the decoder's own likelihood, less what a candidate scores by itself; "
-                    f"{questions}, 95% interval",
+                    value=_accuracy(pmi.top1),
+                    beside="; ".join(beside),
+                    meaning=f"among the first five {pmi.top5.share:.0%}, the first ten {pmi.top10.share:.0%}, median "
+                    f"rank {pmi.median:g}; picked by the decoder's own likelihood, less what a candidate scores by "
+                    f"itself; {questions}, 95% interval",
                 )
             )
     return rows
+
+
+def _ranks(ranks: Ranks) -> str:
+    return f"{_accuracy(ranks.top1)}, median rank {ranks.median:g}"
+
+
+def _answers(measured: Answers | None) -> list[Figure]:
+    if measured is None:
+        return []
+    rows = [_answered(each) for each in measured.questions]
+    return rows + _captions(measured)
+
+
+def _answered(figures: Answered) -> Figure:
+    beside = [f"always “{figures.majority_answer}” {figures.majority.share:.1%}"]
+    if figures.neighbour is not None:
+        beside.append(f"nearest training item {figures.neighbour.share:.1%}")
+    if figures.neighbour_any_name is not None:
+        beside.append(f"by any name {figures.neighbour_any_name.share:.1%}")
+    meaning = [f"the data set's own words, {figures.exact.asked} asked, 95% interval"]
+    if figures.any_name is not None:
+        meaning.append(f"by any of its names or keywords {_accuracy(figures.any_name)}")
+    if figures.likeliest is not None:
+        meaning.append(f"likeliest of {figures.possible} possible answers {_accuracy(figures.likeliest)}")
+    return Figure(
+        group="Questions answered right",
+        name=figures.question,
+        value=_accuracy(figures.exact),
+        beside="; ".join(beside),
+        meaning="; ".join(meaning),
+    )
+
+
+def _captions(measured: Answers) -> list[Figure]:
+    own, peer = measured.captions, measured.neighbour_captions
+    asked = f"{own.exact.asked} captions, 95% interval"
+    dealt = "" if own.dealt is None else f"; had each been written for another item {own.dealt:.1%}"
+    kinds: tuple[tuple[str, Accuracy | None, Accuracy | None, str], ...] = (
+        ("One of the item's own captions", own.exact, peer.exact if peer else None, asked),
+        ("Names the item", own.named, peer.named if peer else None, "its English name stands in the caption"),
+        (
+            "Says any of its names",
+            own.any_name,
+            peer.any_name if peer else None,
+            f"or a keyword, or a translation{dealt}",
+        ),
+        ("Names the style", own.style, peer.style if peer else None, "by the data set's wordings"),
+    )
+    return [
+        Figure(
+            group="Captions written",
+            name=name,
+            value=_accuracy(mine),
+            beside="" if theirs is None else f"caption of the nearest training item {theirs.share:.1%}",
+            meaning=meaning,
+        )
+        for name, mine, theirs, meaning in kinds
+        if mine is not None
+    ]
 
 
 def _accuracy(accuracy: Accuracy) -> str:

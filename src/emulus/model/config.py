@@ -225,6 +225,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "tiny": _shape(128, 352, 4, 4, 2, **_SHORT),
         "emoji-3m": _shape(192, 512, 4, 3, 1, **_SHORT),
         "emoji-6m": _shape(256, 704, 6, 4, 2, **_SHORT),
+        "emoji-9m": _shape(256, 704, 8, 4, 2, **_SHORT),
         "emoji-10m": _shape(320, 864, 7, 5, 1, **_SHORT),
         "emoji-25m": _shape(512, 1376, 8, 8, 2, **_SHORT),
         "emoji-60m": _shape(640, 1728, 12, 10, 2, **_SHORT),

@@ -213,7 +213,24 @@ def caption_last(media: Media, caption: str) -> Document:
 
 def question_answer(media: Media, question: str, answer: str) -> Document:
     """What teaches :func:`answer`: that prompt's ids are the first of this document's."""
-    return Document((*_document(_fill(NATIVE.turn, question, (media,))).segments, Text(f" {answer}")))
+    return conversation(media, [(question, answer)])
+
+
+def conversation(media: Media, pairs: Sequence[tuple[str, str]]) -> Document:
+    """What teaches :func:`converse`: that prompt's ids are the first of this document's, up to each answer.
+
+    An answer is a piece of its own, as it is when it is written. So after one that ends with a sign, which a tokenizer
+    may merge with the line's end, the prompt of the next question can have other ids for these two.
+
+    Args:
+        media: What is asked about.
+        pairs: Questions and their answers, at least one.
+    """
+    segments: list[Segment] = []
+    for index, (question, answer) in enumerate(pairs):
+        turn = _fill(NATIVE.turn, question, () if index else (media,))
+        segments += [*_document([Text(NATIVE.between), *turn] if index else turn).segments, Text(f" {answer}")]
+    return Document(tuple(segments))
 
 
 def _captioned(grammar: Grammar, caption: str, negative: str, wording: Wording, opening: list[int]) -> Prompt:

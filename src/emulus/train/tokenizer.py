@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +16,36 @@ from torch import Tensor, nn
 from emulus.data.media_dataset import MediaDataset, shifted, to_pixels, whole_codes
 from emulus.data.source import Kind, Split, open_source
 from emulus.errors import EmulusError, at_least
+from emulus.hub import fetch
 from emulus.media import pixels_to_image
 from emulus.parallel.processes import start_processes
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.codebook import CodebookConfig, CodebookTrainer
-from emulus.tokenizer.vision.losses import ReconstructionConfig, reconstruction_loss
+from emulus.tokenizer.vision.discriminator import AdversarialConfig
+from emulus.tokenizer.vision.losses import ReconstructionConfig, ReconstructionLoss
 from emulus.tokenizer.vision.metrics import codebook_usage, psnr, ssim
-from emulus.tokenizer.vision.weights import save_vision_tokenizer
+from emulus.tokenizer.vision.perceptual import PerceptualDistance, available
+from emulus.tokenizer.vision.weights import load_vision_tokenizer, save_vision_tokenizer
+from emulus.train.adversary import Adversary
+from emulus.train.checkpoint import latest
 from emulus.train.config import TrainConfig
-from emulus.train.loop import train
+from emulus.train.loop import CHECKPOINTS, train
 from emulus.train.objective import Evaluation, Objective, StepLoss
 from emulus.weights import on_meta
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainConfig:
-    """A vision tokenizer from scratch.
+    """A vision tokenizer, from scratch or from the weights of another.
 
     Attributes:
         data: A data set (see docs/data.md).
         out: Folder of the run.
         size: Side of the training pictures in pixels.
         fps: Frame rate clips are brought to; 0 keeps theirs.
+        init: A vision tokenizer (or a model, or a run) of the same shape to start from, its codebook as it is; ``""``
+            starts from random weights.
+        freeze_encoder: Train what paints only. Codes keep their meaning, so tokens made before stay valid.
         pictures_per_batch: Pictures in each batch.
         clips_per_batch: Clips in each batch (0 when the data has none).
         clip_frames: Length of the training clips (windows of longer ones) and of the held-out ones, a multiple of the
@@ -44,7 +53,8 @@ class TokenizerTrainConfig:
         shift: Pictures are shifted by up to this many pixels, for variety.
         flip: Pictures are mirrored half of the time.
         batch_norm_share: Share of the steps after which the batch norms keep their running figures: pictures
-            and clips differ, and the layers must learn with the statistics that are used later.
+            and clips differ, and the layers must learn with the statistics that are used later. With ``init`` they
+            keep them from the start.
         revive_share: Share of the steps during which dead codes are revived.
         evaluation_items: Held-out pictures, and a tenth as many clips, measured at each evaluation.
     """
@@ -53,9 +63,12 @@ class TokenizerTrainConfig:
     out: Path
     size: int = 64
     fps: float = 0.0
+    init: str = ""
+    freeze_encoder: bool = False
     model: VisionTokenizerConfig = field(default_factory=VisionTokenizerConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pictures_per_batch: int = 12
     clips_per_batch: int = 1
@@ -74,6 +87,8 @@ class TokenizerTrainConfig:
             raise EmulusError(f"size must be a multiple of {self.model.spatial_factor}, got {self.size}")
         if self.clip_frames % self.model.temporal_factor:
             raise EmulusError(f"clip_frames must be a multiple of {self.model.temporal_factor}, got {self.clip_frames}")
+        if self.freeze_encoder and not self.init:
+            raise EmulusError("freeze_encoder keeps the encoder of a trained tokenizer; name it with --init")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +100,7 @@ class MediaBatch:
 
 
 class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
-    """Reconstruction and commitment; the codebook follows the latents."""
+    """Reconstruction, adversarial and commitment terms; the codebook follows the latents."""
 
     unit = "frames"
 
@@ -96,8 +111,15 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
             raise EmulusError("a vision tokenizer is trained by one process; start it without torchrun")
         self.device = self.processes.device
         torch.manual_seed(config.train.seed)
-        self.model = VisionTokenizer(config.model).to(self.device)
+        self.model = self._make_model()
         self.codebook = CodebookTrainer(self.model.quantize, config.codebook)
+        if config.init:
+            self.codebook.adopt()
+        self.reconstruction = ReconstructionLoss(config.reconstruction, self.device)
+        self.adversary: Adversary | None = None
+        if config.adversarial.weight:
+            self.adversary = Adversary(config.adversarial, config.train, config.model.out_channels, self.device)
+        self._adversarial_weight = 0.0
         source = open_source(config.data)
 
         def dataset(split: Split, kind: Kind, max_frames: int | None = None) -> MediaDataset | None:
@@ -113,6 +135,20 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         ):
             raise EmulusError(f"{config.data} has no training pictures or clips")
         self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def _make_model(self) -> VisionTokenizer:
+        config = self.config
+        # A run that goes on needs the first weights no more.
+        if config.init and latest(config.out / CHECKPOINTS) is None:
+            model = load_vision_tokenizer(fetch(config.init), self.device)
+            _check_shape(config.init, model.config, config.model)
+            model.config = config.model
+        else:
+            model = VisionTokenizer(config.model).to(self.device)
+        if config.freeze_encoder:
+            for part in (model.encoder, model.quant_conv):
+                part.requires_grad_(False)
+        return model
 
     def fingerprint(self) -> str:
         """Of the training items' names."""
@@ -143,15 +179,21 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         return moved.flip(-1) if self.config.flip and draw.integers(2) else moved
 
     def before_step(self, step: int, steps: int) -> None:
-        """Freeze the batch norms in the last part of the run."""
-        if step >= self.config.batch_norm_share * steps:
+        """Freeze the batch norms in the last part of the run, and what is frozen for good."""
+        # A batch's own figures would throw a trained tokenizer back by several dB.
+        if self.config.init or step >= self.config.batch_norm_share * steps:
             for module in self.model.modules():
                 if isinstance(module, nn.BatchNorm3d):
                     module.eval()
+        if self.config.freeze_encoder:
+            self.model.encoder.eval()
+        self._adversarial_weight = self.config.adversarial.weight_at(step, steps)
 
     def loss(self, batch: MediaBatch, step_weight: float) -> StepLoss:
         """Pictures and clips weigh by their number of frames."""
         self._seen.clear()
+        if self.adversary is not None:
+            self.adversary.forget()
         parts = [pixels for pixels in (batch.pictures, batch.clips) if pixels is not None]
         frames = [pixels[..., 0, 0, 0].numel() for pixels in parts]
         total = torch.zeros((), device=self.device)
@@ -165,32 +207,51 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
 
     def _reconstruct(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of pictures or clips; its terms, and the PSNR over all pixels together."""
-        latents = self.model.latents(pixels)
+        vectors, commitment = self._quantize(pixels)
+        painted = self.model.paint(vectors, is_image=pixels.ndim == 4)
+        loss, terms = self.reconstruction(painted, pixels)
+        if self.adversary is not None and self._adversarial_weight:
+            adversarial = self.adversary.judge(painted, pixels)
+            loss = loss + self._adversarial_weight * adversarial
+            terms["adversarial"] = adversarial.detach()
+        error = (painted.detach().float() - pixels).square().mean()
+        terms |= {"commitment": commitment.detach(), "psnr": 10 * torch.log10(4 / error)}
+        return loss + commitment, terms
+
+    def _quantize(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Codebook vectors to paint from, and the commitment term."""
+        frozen = self.config.freeze_encoder
+        with torch.set_grad_enabled(not frozen):
+            latents = self.model.latents(pixels)
         flat = latents.movedim(1, -1).flatten(0, -2)
         self.codebook.start(flat.detach())
         codes = self.model.quantize.encode(latents)
         vectors = self.model.quantize.decode(codes)
         self._seen.append((flat.detach(), codes.flatten()))
-        # Straight through: the decoder sees the codebook vectors, the encoder gets their gradient.
-        painted = self.model.paint(latents + (vectors - latents).detach(), is_image=pixels.ndim == 4)
-        loss, terms = reconstruction_loss(painted, pixels, self.config.reconstruction)
         commitment = self.codebook.commitment(latents, vectors)
-        error = (painted.detach().float() - pixels).square().mean()
-        terms |= {"commitment": commitment.detach(), "psnr": 10 * torch.log10(4 / error)}
-        return loss + commitment, terms
+        # Straight through: the decoder sees the codebook vectors, the encoder gets their gradient.
+        return vectors if frozen else latents + (vectors - latents).detach(), commitment
 
     def after_step(self, step: int, steps: int) -> dict[str, float]:
-        """Move the codebook."""
+        """Move the codebook, and train the discriminator."""
         latents, codes = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        revived = self.codebook.update(latents, codes, revive=step < self.config.revive_share * steps)
-        return {"revived": float(revived), "codes_in_batch": float(len(codes.unique()))}
+        figures = {"codes_in_batch": float(len(codes.unique()))}
+        if not self.config.freeze_encoder:
+            revived = self.codebook.update(latents, codes, revive=step < self.config.revive_share * steps)
+            figures["revived"] = float(revived)
+        return figures if self.adversary is None else figures | self.adversary.learn(step)
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """The codebook's running figures."""
-        return self.codebook.state()
+        """The codebook's running figures; the discriminator with its optimiser."""
+        return self.codebook.state() | ({} if self.adversary is None else self.adversary.tensors())
+
+    @cached_property
+    def distance(self) -> PerceptualDistance | None:
+        """What measures held-out pictures, where it is installed."""
+        return PerceptualDistance.load("alex", self.device) if available() else None
 
     def evaluate(self, model: VisionTokenizer) -> Evaluation:
-        """PSNR, SSIM and codebook figures of held-out pictures and clips, and a sheet of input | reconstruction."""
+        """Quality and codebook figures of held-out pictures and clips, and a sheet of input | reconstruction."""
         metrics: dict[str, float] = {}
         pictures: dict[str, PIL.Image.Image] = {}
         codes: list[Tensor] = []
@@ -209,6 +270,9 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
     def _measure(
         self, model: VisionTokenizer, data: MediaDataset, limit: int
     ) -> tuple[dict[str, float], PIL.Image.Image, Tensor]:
+        measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+        if self.distance is not None:
+            measures["stlpips"] = self.distance
         scores: list[Tensor] = []
         codes: list[Tensor] = []
         pairs: list[Tensor] = []
@@ -217,8 +281,8 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
             pixels = to_pixels(frames.to(self.device))
             is_picture = len(frames) == 1
             code = model.encode(pixels if is_picture else pixels[None])
-            painted = model.decode(code).float().reshape_as(pixels)
-            scores.append(torch.stack([psnr(painted, pixels).mean(), ssim(painted, pixels).mean()]))
+            painted = model.decode(code).float().reshape_as(pixels).clamp(-1, 1)
+            scores.append(torch.stack([measure(painted, pixels).mean() for measure in measures.values()]))
             codes.append(code.flatten())
             if len(pairs) < 16:
                 pairs.append(torch.cat([pixels[-1], painted[-1]], dim=2))
@@ -226,13 +290,25 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         sheet = torch.cat(
             [torch.cat(pairs[row : row + 4], dim=2) for row in range(0, len(pairs) // 4 * 4, 4)] or pairs[:1], dim=1
         )
-        return {"psnr": float(mean[0]), "ssim": float(mean[1])}, pixels_to_image(sheet.cpu()), torch.cat(codes)
+        figures = dict(zip(measures, mean.tolist(), strict=True))
+        return figures, pixels_to_image(sheet.cpu()), torch.cat(codes)
 
     def save_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write the tokenizer in the released layout."""
         model = on_meta(lambda: VisionTokenizer(self.config.model))
         model.load_state_dict(dict(tensors), assign=True)
         save_vision_tokenizer(model.eval(), folder)
+
+
+def _check_shape(init: str, theirs: VisionTokenizerConfig, ours: VisionTokenizerConfig) -> None:
+    """Refuse to start from a tokenizer of another shape; its dropout is free."""
+    wanted, there = ours.to_dict(), theirs.to_dict()
+    for name in wanted.keys() - {"dropout"}:
+        if wanted[name] != there[name]:
+            raise EmulusError(
+                f"{init} has {name} {there[name]}, this run {wanted[name]}; give --model.{name.replace('_', '-')} "
+                f"{there[name]}"
+            )
 
 
 def _window(frames: Tensor, length: int, draw: np.random.Generator) -> Tensor:

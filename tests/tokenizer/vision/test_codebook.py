@@ -72,3 +72,17 @@ def test_search_is_exact() -> None:
     latents = torch.randn(5000, 3)
     brute = torch.cdist(latents.double(), quantizer.embedding.weight.double()).argmin(1)
     assert torch.equal(quantizer.nearest(latents), brute)
+
+
+def test_a_trained_codebook_is_gone_on_with() -> None:
+    latents = clusters(4, 256)
+    quantizer = Quantizer(4, 2)
+    quantizer.embedding.weight.data = torch.arange(4.0)[:, None].expand(-1, 2) + 0.1
+    before = quantizer.embedding.weight.clone()
+    trainer = CodebookTrainer(quantizer, CodebookConfig(decay=0.9))
+    trainer.adopt()
+    trainer.start(latents)
+    assert torch.equal(before, quantizer.embedding.weight)
+    trainer.update(latents, quantizer.nearest(latents), revive=True)
+    moved = (quantizer.embedding.weight - before).abs().max()
+    assert 0 < moved < 0.03, "a first batch moves it by its share of the running mean"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image
 
 from emulus.errors import EmulusError
@@ -77,25 +78,49 @@ def rasterise(icon: dict[str, Any], width: float, height: float, size: int) -> I
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
 
 
-def choose_background(art: Image.Image, preferred: int) -> str:
-    """Name a background on which the art can be seen.
+def visible_backgrounds(art: Image.Image, preferred: int) -> list[str]:
+    """Name the backgrounds on which the art can be seen.
 
     Args:
         art: RGBA picture.
         preferred: Any number; the palette's colours are tried from this one on.
 
     Returns:
-        The first colour that is not close to most of the art's opaque pixels.
+        The colours that are not close to most of the art's opaque pixels, in that order; if all are, the preferred one.
     """
     pixels = np.asarray(art).reshape(-1, 4)
     opaque = pixels[pixels[:, 3] > 127, :3].astype(np.float32)
     names = list(BACKGROUNDS)
     order = [names[(preferred + step) % len(names)] for step in range(len(names))]
-    for name in order:
-        distance = np.linalg.norm(opaque - np.asarray(BACKGROUNDS[name], np.float32), axis=1)
-        if not len(opaque) or (distance < _NEAR).mean() < 0.4:
-            return name
-    return order[0]
+    return [name for name in order if not _hides(name, opaque)] or order[:1]
+
+
+def _hides(background: str, opaque: Float32[np.ndarray, "pixels 3"]) -> bool:
+    distance = np.linalg.norm(opaque - np.asarray(BACKGROUNDS[background], np.float32), axis=1)
+    return bool(len(opaque)) and bool((distance < _NEAR).mean() >= 0.4)
+
+
+def placed(art: Image.Image, *, scale: float, across: float, down: float, mirrored: bool) -> Image.Image:
+    """Lay art into a larger transparent square.
+
+    Args:
+        art: RGBA picture.
+        scale: Its side by the side of the result, above 0 and at most 1.
+        across: Where it lies: 0 is at the left edge, 1 at the right.
+        down: Likewise from the top.
+        mirrored: Whether left and right are exchanged.
+
+    Returns:
+        RGBA picture.
+    """
+    if mirrored:
+        art = art.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    width, height = (round(side / scale) for side in art.size)
+    if (width, height) == art.size:
+        return art
+    square = Image.new("RGBA", (width, height))
+    square.paste(art, (round((width - art.width) * across), round((height - art.height) * down)))
+    return square
 
 
 def composite(art: Image.Image, background: str, size: int) -> Image.Image:

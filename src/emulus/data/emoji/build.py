@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,30 @@ from PIL import Image
 from emulus.data.emoji import art
 from emulus.data.emoji.captions import captions_of
 from emulus.data.emoji.card import card, notice
-from emulus.data.emoji.names import Emoji, has_skin_tone, normalise, read_emoji, split_of
+from emulus.data.emoji.names import Emoji, has_skin_tone, normalise, read_emoji, skin_tones_of, split_of
 from emulus.data.emoji.packages import (
     CLIPS,
     FLAT,
     NOTO,
     PICTURES_3D,
     TWEMOJI,
+    WORDS,
     Package,
     fetch_packages,
     read_member,
     read_members,
 )
+from emulus.data.emoji.questions import questions_of
+from emulus.data.emoji.versions import Version, number_from, versions_of
 from emulus.data.source import Split
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, at_least
 from emulus.files import write_file, write_text
 from emulus.media.source import decoding
 
 PICTURE_STYLES: dict[str, Package] = {"3d": PICTURES_3D, "flat": FLAT, "noto": NOTO, "twemoji": TWEMOJI}
+_TONE_STYLES = ("3d", "noto")
 
+_QUESTION = pa.struct([pa.field("question", pa.string()), pa.field("answer", pa.string())])
 _SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -43,11 +47,18 @@ _SCHEMA = pa.schema(
         pa.field("kind", pa.string(), nullable=False),
         pa.field("media", pa.binary(), nullable=False),
         pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("questions", pa.list_(_QUESTION), nullable=False),
         pa.field("label", pa.string(), nullable=False),
         pa.field("style", pa.string(), nullable=False),
         pa.field("group", pa.string(), nullable=False),
         pa.field("background", pa.string(), nullable=False),
     ]
+)
+_LEAVES = (
+    *(name for name in _SCHEMA.names if name not in ("captions", "questions")),
+    "captions.list.element",
+    "questions.list.element.question",
+    "questions.list.element.answer",
 )
 
 
@@ -63,6 +74,15 @@ class EmojiConfig:
     """Side of pictures and clips in pixels."""
     skin_tones: bool = False
     """Also build the skin-tone variants of pictures and clips."""
+    versions: int = 1
+    """Versions of each training item: further ones have another background, size, place and wording, and may be
+    mirrored. What is held out has one."""
+    tone_versions: int = 1
+    """The same for training items with a skin tone; 0 trains on none of them."""
+    clip_versions: int = 1
+    """Most versions of a clip, which takes ten times the space of a picture."""
+    held_out_tones: bool = False
+    """Build nothing but pictures of two styles for validation that have one skin tone, to ask for it."""
     quality: int = 70
     """WebP quality of pictures, 0..100."""
     clip_quality: int = 40
@@ -84,17 +104,40 @@ def build_emoji(config: EmojiConfig, *, report: Callable[[str], object] = print)
     """
     _check(config)
     fetch_packages(config.packages, report=report)
-    emoji = read_emoji(config.packages)
-    wanted = {key: words for key, words in emoji.items() if config.skin_tones or not has_skin_tone(key)}
+    emoji = {key: words for key, words in read_emoji(config.packages).items() if _is_wanted(config, key)}
+    styles = _TONE_STYLES if config.held_out_tones else tuple(PICTURE_STYLES)
+    parts = {"pictures": _pictures(config, emoji, styles)}
+    if not config.held_out_tones:
+        parts["clips"] = _clips(config, emoji)
     counts: Counter[tuple[str, Split]] = Counter()
-    for name, rows in (("pictures", _pictures(config, wanted)), ("clips", _clips(config, wanted))):
+    for name, rows in parts.items():
         report(f"building {name} of {config.size}x{config.size}")
         table = sorted(rows, key=lambda row: row["id"])
         counts.update((row["style"], row["split"]) for row in table)
         _write(config.out / f"{name}.parquet", table)
-    write_text(config.out / "NOTICE", notice())
-    write_text(config.out / "README.md", card(counts, size=config.size, skin_tones=config.skin_tones))
+    used = [WORDS, *(PICTURE_STYLES[style] for style in styles), *(CLIPS if "clips" in parts else ())]
+    write_text(config.out / "NOTICE", notice(used))
+    variants = f"{'with' if config.skin_tones else 'without'} skin-tone variants"
+    if config.held_out_tones:
+        variants = "variants with one skin tone only, none to be trained on"
+    write_text(config.out / "README.md", card(counts, size=config.size, variants=variants, command=_command(config)))
     return dict(counts)
+
+
+def _is_wanted(config: EmojiConfig, codepoint: str) -> bool:
+    if config.held_out_tones:
+        return len(skin_tones_of(codepoint)) == 1 and split_of(codepoint) == "validation"
+    return config.skin_tones or not has_skin_tone(codepoint)
+
+
+def _command(config: EmojiConfig) -> str:
+    """What was called, but for the folders."""
+    words = ["emulus data emoji", f"--size {config.size}"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("packages", "out", "size") and value != field.default:
+            words.append(f"--{field.name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return " ".join(words)
 
 
 def _check(config: EmojiConfig) -> None:
@@ -103,33 +146,37 @@ def _check(config: EmojiConfig) -> None:
     for flag, quality in (("--quality", config.quality), ("--clip-quality", config.clip_quality)):
         if not 0 <= quality <= 100:
             raise EmulusError(f"{flag} {quality} is out of range; choose 0 to 100")
+    at_least(1, versions=config.versions, clip_versions=config.clip_versions)
+    at_least(0, tone_versions=config.tone_versions)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
     # Media is compressed already; words shrink to a quarter. A list is compressed by the name of its leaves.
-    leaves = [field.name.replace("captions", "captions.list.element") for field in _SCHEMA]
-    compression = {leaf: "none" if leaf == "media" else "zstd" for leaf in leaves}
+    compression = {leaf: "none" if leaf == "media" else "zstd" for leaf in _LEAVES}
     write_file(
         path,
         lambda temporary: pq.write_table(
             table,
             temporary,
             compression=compression,
-            use_dictionary=["split", "kind", "style", "group", "background"],
+            use_dictionary=["split", "kind", "style", "group", "background", *_LEAVES[-2:]],
             write_statistics=False,
             row_group_size=512,
         ),
     )
 
 
-def _row(emoji: Emoji, style: str, kind: str, background: str, media: bytes) -> dict[str, Any]:
+def _row(emoji: Emoji, style: str, kind: str, version: Version, media: bytes) -> dict[str, Any]:
+    number, background = version.number, version.background
+    choice = number_from("words", emoji.codepoint, style)
     return {
-        "id": f"{style}/{emoji.codepoint}",
+        "id": f"{style}/{emoji.codepoint}" + (f"+{number}" if number > 1 else ""),
         "split": split_of(emoji.codepoint),
         "kind": kind,
         "media": media,
-        "captions": captions_of(emoji, style, background, _number("words", emoji.codepoint, style)),
+        "captions": captions_of(emoji, style, background, choice, number),
+        "questions": [pair._asdict() for pair in questions_of(emoji, style, background)],
         "label": emoji.label,
         "style": style,
         "group": emoji.group,
@@ -137,19 +184,22 @@ def _row(emoji: Emoji, style: str, kind: str, background: str, media: bytes) -> 
     }
 
 
-def _number(*parts: str) -> int:
-    """A number that depends on the parts alone."""
-    return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:8])
+def _count(config: EmojiConfig, codepoint: str, *, clip: bool = False) -> int:
+    """How many versions there are of an emoji's picture or clip."""
+    if split_of(codepoint) != "train":
+        return 1
+    count = config.tone_versions if has_skin_tone(codepoint) else config.versions
+    return min(count, config.clip_versions) if clip else count
 
 
-def _pictures(config: EmojiConfig, emoji: dict[str, Emoji]) -> Iterator[dict[str, Any]]:
-    for style, package in PICTURE_STYLES.items():
-        tarball = config.packages / package.tarball
+def _pictures(config: EmojiConfig, emoji: dict[str, Emoji], styles: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for style in styles:
+        tarball = config.packages / PICTURE_STYLES[style].tarball
         drawings = _webp(tarball, emoji) if style == "3d" else _icons(tarball, emoji, config.size)
         for codepoint, drawing in drawings:
-            background = art.choose_background(drawing, _number("background", codepoint, style))
-            picture = art.composite(drawing, background, config.size)
-            yield _row(emoji[codepoint], style, "image", background, art.encode_picture(picture, config.quality))
+            for version in versions_of(emoji[codepoint], style, drawing, _count(config, codepoint)):
+                picture = art.encode_picture(version.show(drawing, config.size), config.quality)
+                yield _row(emoji[codepoint], style, "image", version, picture)
 
 
 def _clips(config: EmojiConfig, emoji: dict[str, Emoji]) -> Iterator[dict[str, Any]]:
@@ -159,9 +209,10 @@ def _clips(config: EmojiConfig, emoji: dict[str, Emoji]) -> Iterator[dict[str, A
                 continue
             with decoding(f"{package.tarball}: {codepoint}"):
                 frames = art.read_frames(animation)
-            background = art.choose_background(frames[len(frames) // 2], _number("background", codepoint, "anim"))
-            pictures = [art.composite(frame, background, config.size) for frame in frames]
-            yield _row(emoji[codepoint], "anim", "video", background, art.encode_clip(pictures, config.clip_quality))
+            count, middle = _count(config, codepoint, clip=True), frames[len(frames) // 2]
+            for version in versions_of(emoji[codepoint], "anim", middle, count):
+                clip = art.encode_clip([version.show(frame, config.size) for frame in frames], config.clip_quality)
+                yield _row(emoji[codepoint], "anim", "video", version, clip)
 
 
 def _webp(tarball: Path, emoji: dict[str, Emoji]) -> Iterator[tuple[str, Image.Image]]:

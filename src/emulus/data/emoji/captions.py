@@ -16,6 +16,8 @@ class Style:
 
     title: str
     """After the name: ``red apple, 3D render``."""
+    spoken: str
+    """The answer to "which style?"."""
     drawing: str
     """Before "of", in the canonical caption: ``a 3D render of ...``."""
     emoji: str
@@ -29,6 +31,7 @@ class Style:
 STYLES: dict[str, Style] = {
     "3d": Style(
         title="3D render",
+        spoken="3D",
         drawing="a 3D render",
         emoji="a 3D emoji",
         other=("{} in 3D", "{}, rendered in 3D", "a glossy 3D picture of {}"),
@@ -42,6 +45,7 @@ STYLES: dict[str, Style] = {
     ),
     "flat": Style(
         title="flat drawing",
+        spoken="flat",
         drawing="a flat drawing",
         emoji="a flat emoji",
         other=("{} in a flat style", "{}, drawn flat", "a flat picture of {}"),
@@ -55,6 +59,7 @@ STYLES: dict[str, Style] = {
     ),
     "noto": Style(
         title="Noto drawing",
+        spoken="Noto",
         drawing="a Noto drawing",
         emoji="a Noto emoji",
         other=("{} in the Noto style", "{}, drawn as in Noto", "a Noto picture of {}"),
@@ -68,6 +73,7 @@ STYLES: dict[str, Style] = {
     ),
     "twemoji": Style(
         title="Twemoji icon",
+        spoken="Twemoji",
         drawing="a Twemoji icon",
         emoji="a Twemoji emoji",
         other=("{} in the Twemoji style", "{}, drawn as in Twemoji", "a Twemoji picture of {}"),
@@ -81,6 +87,7 @@ STYLES: dict[str, Style] = {
     ),
     "anim": Style(
         title="3D animation",
+        spoken="animated 3D",
         drawing="an animated 3D clip",
         emoji="a moving 3D emoji",
         other=("{}, animated in 3D", "a short looping 3D video of {}", "{} moving in 3D"),
@@ -98,7 +105,7 @@ STYLES: dict[str, Style] = {
 _MAX_KEYWORDS = 5
 
 
-def captions_of(emoji: Emoji, style: str, background: str, choice: int) -> tuple[str, ...]:
+def captions_of(emoji: Emoji, style: str, background: str, choice: int, version: int = 1) -> tuple[str, ...]:
     """Describe one picture or clip.
 
     Args:
@@ -106,28 +113,59 @@ def captions_of(emoji: Emoji, style: str, background: str, choice: int) -> tuple
         style: One of :data:`STYLES`.
         background: Name of its background's colour.
         choice: Any number; decides between wordings, and which two other languages are used.
+        version: Which version of the item; later ones have other wordings and languages, and more of the keywords.
 
     Returns:
-        Four to seven captions without doubles; the first is the canonical English one.
+        Four to eight captions without doubles; the first is the canonical English one.
     """
     words = STYLES[style]
-    name = noun_phrase(emoji.label)
-    plain = plain_name(emoji.label)
+    keywords = [word for word in emoji.keywords if word.lower() != plain_name(emoji.label).lower()]
+    if version == 1:
+        captions = _first_captions(emoji, words, background, choice, keywords[:_MAX_KEYWORDS])
+    else:
+        start = (choice + (version - 2) * _MAX_KEYWORDS) % max(len(keywords), 1)
+        rotated = (keywords[start:] + keywords[:start])[:_MAX_KEYWORDS]
+        captions = _more_captions(emoji, words, background, choice + version - 1, rotated)
+    known = [locale for locale in LOCALES if locale in emoji.translations]
+    for step in range(min(2, len(known))):
+        # The other two thirds of the number, so that languages and wordings vary independently.
+        locale = known[(choice // len(words.other) + step * 2 + version - 1) % len(known)]
+        captions.append(_translated(words.locales[locale], emoji.translations[locale], locale))
+    return tuple(dict.fromkeys(captions))
+
+
+def _first_captions(emoji: Emoji, words: Style, background: str, choice: int, keywords: Sequence[str]) -> list[str]:
+    name, plain = noun_phrase(emoji.label), plain_name(emoji.label)
     captions = [
         f"{words.drawing} of {name}",
         f"{plain}, {words.title}",
         f"{words.emoji} of {name} on {article(background)}{background} background",
         words.other[choice % len(words.other)].format(name),
     ]
-    keywords = [keyword for keyword in emoji.keywords if keyword.lower() != plain.lower()][:_MAX_KEYWORDS]
+    return captions + ([f"{words.title} of {name}: {', '.join(keywords)}"] if keywords else [])
+
+
+def _more_captions(emoji: Emoji, words: Style, background: str, choice: int, keywords: Sequence[str]) -> list[str]:
+    name, plain = noun_phrase(emoji.label), plain_name(emoji.label)
+    ground = f"{article(background)}{background} background"
+    on_ground = (
+        f"{words.drawing} of {name} on {ground}",
+        f"{plain} on {ground}, {words.title}",
+        f"{name} on {ground}: {words.drawing}",
+    )
+    others = (f"{words.title}: {plain}", f"{words.drawing} showing {name}", f"{plain}, {words.title}")
+    captions = [
+        f"{words.drawing} of {name}",
+        on_ground[choice % len(on_ground)],
+        words.other[choice % len(words.other)].format(name),
+        others[choice // len(words.other) % len(others)],
+    ]
     if keywords:
-        captions.append(f"{words.title} of {name}: {', '.join(keywords)}")
-    known = [locale for locale in LOCALES if locale in emoji.translations]
-    for step in range(min(2, len(known))):
-        # The other two thirds of the number, so that languages and wordings vary independently.
-        locale = known[(choice // len(words.other) + step * 2) % len(known)]
-        captions.append(_translated(words.locales[locale], emoji.translations[locale], locale))
-    return tuple(dict.fromkeys(captions))
+        listed = ", ".join(keywords)
+        with_name = (f"{words.title} of {name}: {listed}", f"{plain} ({listed}), {words.title}")
+        # Keywords alone teach what a name means that is not known yet.
+        captions += [f"{listed}: {words.drawing}", with_name[choice % len(with_name)]]
+    return captions
 
 
 def _translated(style: str, label: str, locale: str) -> str:

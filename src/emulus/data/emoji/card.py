@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from emulus.data.emoji.art import BACKGROUNDS, FPS
-from emulus.data.emoji.packages import PACKAGES
+from emulus.data.emoji.packages import Package
 from emulus.data.source import SPLITS, Split
 
 Counts = Mapping[tuple[str, Split], int]
@@ -21,24 +21,29 @@ _STYLE_SOURCES = {
 }
 
 
-def notice() -> str:
-    """Say where everything in the data set comes from, under which licences, and what was changed."""
+def notice(packages: Sequence[Package]) -> str:
+    """Say where everything in the data set comes from, under which licences, and what was changed.
+
+    Args:
+        packages: What it is made of.
+    """
     sources = "\n".join(
         f"- {package.name} {package.version}\n"
         f"  from the project {package.upstream}; by {package.authors}\n"
         f"  licence: {package.licence}"
-        for package in PACKAGES
+        for package in packages
     )
     return _NOTICE.replace("@SOURCES@", sources)
 
 
-def card(counts: Counts, *, size: int, skin_tones: bool) -> str:
+def card(counts: Counts, *, size: int, variants: str, command: str) -> str:
     """Describe the data set.
 
     Args:
         counts: What is in it.
         size: Side of its pictures in pixels.
-        skin_tones: Whether skin-tone variants are in it.
+        variants: Which of the skin-tone variants are in it, in words.
+        command: What built it.
 
     Returns:
         Markdown.
@@ -46,31 +51,34 @@ def card(counts: Counts, *, size: int, skin_tones: bool) -> str:
     rows = []
     for style, source in _STYLE_SOURCES.items():
         numbers = [counts.get((style, split), 0) for split in SPLITS]
-        rows.append(f"| {style} | {source} | {' | '.join(map(str, numbers))} | {sum(numbers)} |")
+        if any(numbers):
+            rows.append(f"| {style} | {source} | {' | '.join(map(str, numbers))} | {sum(numbers)} |")
     totals = [sum(counts.get((style, split), 0) for style in _STYLE_SOURCES) for split in SPLITS]
     rows.append(f"| all | | {' | '.join(map(str, totals))} | {sum(totals)} |")
-    command = f"emulus data emoji --size {size}" + (" --skin-tones" if skin_tones else "")
+    begin = _BEGIN.format(size=f"{size}x{size}", variants=variants, command=command)
     return (
-        _CARD.replace("@SIZE@", f"{size}x{size}")
-        .replace("@TONES@", "with" if skin_tones else "without")
+        _CARD.replace("@BEGIN@", textwrap.fill(" ".join(begin.split()), 112, break_on_hyphens=False))
         .replace("@ROWS@", "\n".join(rows))
         .replace("@BACKGROUNDS@", textwrap.fill(", ".join(BACKGROUNDS), 100))
-        .replace("@COMMAND@", command)
     )
 
 
-_CARD = """\
-# Emoji: pictures and clips with captions
+_BEGIN = """
+Colour emoji of {size} pixels, {variants}, each with several captions and questions. Artists drew them; nothing here is
+generated. Built by `{command}`; the same command and versions of its libraries give the same bytes. Sources and
+licences are in [NOTICE](NOTICE).
+"""
 
-Colour emoji of @SIZE@ pixels, @TONES@ skin-tone variants, each with six or seven captions. Artists drew
-them; nothing here is generated. Built by `@COMMAND@`; the same command and versions of its libraries
-give the same bytes. Sources and licences are in [NOTICE](NOTICE).
+_CARD = """\
+# Emoji: pictures and clips with captions and questions
+
+@BEGIN@
 
 | style | what | train | validation | test | all |
 |---|---|---|---|---|---|
 @ROWS@
 
-`pictures.parquet` and `clips.parquet` have one row per item:
+The Parquet files, one of pictures and one of clips, have one row per item:
 
 | column | content |
 |---|---|
@@ -79,6 +87,7 @@ give the same bytes. Sources and licences are in [NOTICE](NOTICE).
 | `kind` | `image` or `video` |
 | `media` | lossy WebP; a clip is an animated WebP of 8, 12, 16, 20 or 24 frames |
 | `captions` | the canonical English one first, then other wordings, keywords, and two of de, fr, es, zh, ja |
+| `questions` | and answers: style, name, group, background; for some how many, skin tone, what moves |
 | `label` | the emoji's English name |
 | `style`, `group`, `background` | as in the captions; the group is Unicode's |
 
@@ -88,6 +97,10 @@ emoji here: a woman running may be in `train` and a man running in `test`.
 
 **Backgrounds.** The art is transparent; it lies on a plain colour that is chosen by a hash, or on the
 next one on which it can be seen: @BACKGROUNDS@.
+
+**Versions.** `--versions 4` makes three more of each training item: on another background, smaller and
+elsewhere in the square, mirrored where that changes no meaning, in other words. `3d/1f34e+2` is a second
+version. What is held out always has one.
 
 **Limits.** Captions are made from names and keywords by rules, and say no more than these: an emoji's
 name tells what it means, not all that it shows. They are icons, not photographs.
@@ -99,7 +112,7 @@ The pictures, clips and captions in this folder are made from the works below.
 @SOURCES@
 
 What was changed: artwork was laid on plain backgrounds, scaled, for clips resampled in time, and encoded
-anew as lossy WebP; labels and keywords were worked into captions.
+anew as lossy WebP; labels and keywords were worked into captions and questions.
 
 The pictures of style "twemoji" are Copyright Twitter, Inc and other contributors, licensed under the
 Creative Commons Attribution 4.0 International licence, https://creativecommons.org/licenses/by/4.0/

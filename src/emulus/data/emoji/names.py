@@ -15,7 +15,13 @@ from emulus.errors import EmulusError
 LOCALES = ("de", "fr", "es", "zh", "ja")
 
 _VARIATION_SELECTOR = "fe0f"
-_SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
+_SKIN_TONES = {
+    "1f3fb": "light",
+    "1f3fc": "medium-light",
+    "1f3fd": "medium",
+    "1f3fe": "medium-dark",
+    "1f3ff": "dark",
+}
 
 # With two different skin tones these pairs are spelled as two people joined, and without tones as one sign.
 _SAME_EMOJI = {
@@ -51,7 +57,8 @@ def normalise(codepoint: str) -> str:
     """Write a code point sequence in the one way used here: lower-case hex, unpadded, no variation selector.
 
     Args:
-        codepoint: Hex numbers joined by ``-``, such as ``"0031-FE0F-20E3"``.
+        codepoint: Hex numbers joined by ``-``, such as ``"0031-FE0F-20E3"``; what follows a ``+`` is the version of
+            an item and no part of the sequence.
 
     Returns:
         Such as ``"31-20e3"``.
@@ -60,7 +67,7 @@ def normalise(codepoint: str) -> str:
         EmulusError: It is not of that form.
     """
     try:
-        parts = [f"{int(part, 16):x}" for part in codepoint.split("-")]
+        parts = [f"{int(part, 16):x}" for part in codepoint.partition("+")[0].split("-")]
     except ValueError:
         raise EmulusError(f"'{codepoint}' is no code point sequence such as '1f44b-1f3fb'") from None
     return "-".join(part for part in parts if part != _VARIATION_SELECTOR)
@@ -75,7 +82,13 @@ def base_of(codepoint: str) -> str:
 
 def has_skin_tone(codepoint: str) -> bool:
     """Whether a sequence asks for a skin tone (or is a bare skin tone)."""
-    return not _SKIN_TONES.isdisjoint(normalise(codepoint).split("-"))
+    return bool(skin_tones_of(codepoint))
+
+
+def skin_tones_of(codepoint: str) -> tuple[str, ...]:
+    """The different skin tones that a sequence asks for, such as ``("medium-light",)``, in their order in it."""
+    parts = normalise(codepoint).split("-")
+    return tuple(dict.fromkeys(_SKIN_TONES[part] for part in parts if part in _SKIN_TONES))
 
 
 def split_of(codepoint: str) -> Split:

@@ -66,6 +66,12 @@ class CodebookTrainer:
         self.sums.copy_(PROBATION * chosen)
         self.started.fill_(True)
 
+    def adopt(self) -> None:
+        """Go on from the codebook as it is, each code as if it had been in average use."""
+        self.counts.fill_(1.0)
+        self.sums.copy_(self.weight.detach())
+        self.started.fill_(True)
+
     @torch.no_grad()
     def update(self, latents: Float[Tensor, "n d"], codes: Int[Tensor, " n"], *, revive: bool) -> int:
         """Move codes to the running mean of their latents, and dead codes to latents of this batch.

@@ -1,0 +1,233 @@
+"""Figures of drawings, as plain numbers and as tables of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from emulus.evaluate.choice import Accuracy
+from emulus.evaluate.neighbours import Neighbours, Pair
+from emulus.evaluate.report import Block, Gallery, Section, Shot, Table, Text, Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """How often the right name was found by looking at the pictures.
+
+    Attributes:
+        top1: The right name was the nearest of all.
+        top10: It was among the nearest ten.
+        median_rank: 1 is the best.
+    """
+
+    top1: Accuracy
+    top10: Accuracy
+    median_rank: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """The names of pictures as the dual encoder sees them.
+
+    Attributes:
+        names: How many there are to choose from: those of all held-out pictures.
+        chance1: What guessing scores.
+        chance10: What guessing scores in ten tries.
+        found: By kind of pictures: ``drawn``, ``real`` (held-out ones of the same names: the ceiling),
+            ``reconstructed`` (from their codes), ``bigram`` and ``training`` (random training pictures in their place:
+            the floor, which no model has to draw for).
+    """
+
+    names: int
+    chance1: float
+    chance10: float
+    found: Mapping[str, Found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """Fréchet distances to real held-out pictures, none of which the captions are of; smaller is better.
+
+    Attributes:
+        features: What they are measured in.
+        count: Pictures on each side. It decides how large the distance of real pictures is, so other counts cannot be
+            compared.
+        dimensions: Of the features; with fewer pictures than that the covariances are guessed.
+        to_real: By kind of pictures: ``real`` (others: the floor), ``reconstructed``, ``drawn``, ``training``,
+            ``bigram``.
+        to_reconstructed: Likewise, to the same real pictures after the vision tokenizer: what it cannot paint is held
+            against nobody, and ``reconstructed`` is the floor.
+    """
+
+    features: str
+    count: int
+    dimensions: int
+    to_real: Mapping[str, float]
+    to_reconstructed: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """Mean distance between two pictures.
+
+    Attributes:
+        distance: What it is measured in.
+        captions: How many captions.
+        tries: Drawings of each.
+        same: Of two drawings of one caption.
+        other: Of drawings of two captions.
+        real: Of the true pictures of two captions.
+    """
+
+    distance: str
+    captions: int
+    tries: int
+    same: float
+    other: float
+    real: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingFigures:
+    """What is known of the drawings.
+
+    Attributes:
+        count: Captions drawn, one picture each.
+        sampling: Temperature, top-k, top-p and guidance.
+        retrieval: Whether they show what they should; None without a dual encoder.
+        frechet: Whether they are like real ones as a set, in one or two kinds of features.
+        neighbours: Whether they are copies of training pictures.
+        diversity: Whether they differ; None where that was not asked for or cannot be measured.
+    """
+
+    count: int
+    sampling: Mapping[str, float]
+    retrieval: Retrieval | None
+    frechet: tuple[Distances, ...]
+    neighbours: Neighbours
+    diversity: Diversity | None
+
+
+KINDS = {
+    "real": "real held-out pictures",
+    "reconstructed": "the same from their codes",
+    "drawn": "drawn by the model",
+    "training": "random training pictures",
+    "bigram": "drawn by counts of code pairs",
+}
+
+
+def drawing_section(figures: DrawingFigures, pairs: Sequence[Pair] = ()) -> Section:
+    """The figures as tables, and the drawings that are most like training pictures.
+
+    Args:
+        figures: What was measured.
+        pairs: What to show of the nearest training pictures.
+    """
+    settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in figures.sampling.items())
+    blocks: list[Block] = []
+    if figures.retrieval is not None:
+        blocks += _of_retrieval(figures.retrieval)
+    if figures.frechet:
+        blocks += _of_distances(figures.frechet)
+    if figures.diversity is not None:
+        blocks.append(_of_diversity(figures.diversity))
+    blocks += _of_neighbours(figures.neighbours)
+    if pairs:
+        blocks.append(Gallery(tiles=tuple(map(_tile, pairs))))
+    return Section(
+        title="How right, how real and how new drawings are",
+        text=f"{figures.count} pictures, each drawn once from a held-out caption ({settings}).",
+        blocks=tuple(blocks),
+    )
+
+
+def _of_retrieval(figures: Retrieval) -> list[Block]:
+    rows = []
+    for kind, name in KINDS.items():
+        hit = figures.found[kind]
+        rows.append(
+            (
+                name,
+                _share(hit.top1),
+                _share(hit.top10),
+                f"{hit.top10.share / figures.chance10:.1f}",
+                f"{hit.median_rank:g}",
+            )
+        )
+    return [
+        Text(
+            text=f"Is it what was asked for? A dual encoder that never saw these names looks every picture's up among "
+            f"all {figures.names} held-out names. Real pictures show how far it can be trusted: it is small and does "
+            "not know every word. Ends of the 95 % intervals stand in brackets."
+        ),
+        Table(
+            head=("Pictures", "Name found", "Among ten", "Times chance", "Median rank"),
+            rows=(*rows, ("guessing", f"{figures.chance1:.1%}", f"{figures.chance10:.1%}", "1.0", "")),
+        ),
+    ]
+
+
+def _share(accuracy: Accuracy) -> str:
+    return f"{accuracy.share:.1%} ({accuracy.low:.0%} to {accuracy.high:.0%})"
+
+
+def _of_distances(figures: Sequence[Distances]) -> list[Block]:
+    head = [f"{each.features}, {to}" for each in figures for to in ("to real", "to reconstructed")]
+    columns = [column for each in figures for column in (each.to_real, each.to_reconstructed)]
+    return [
+        Text(
+            text=f"Does it look real? Fréchet distances (FD) of {figures[0].count} pictures of each kind to as many "
+            "other real held-out ones, and to what the vision tokenizer makes of these, which leaves out what it "
+            "cannot paint. So few pictures make every distance too large: the floor is that of real (or of "
+            "reconstructed) pictures, not 0, and figures of other counts or features cannot be compared with these."
+        ),
+        Table(
+            head=("FD of pictures", *head),
+            rows=tuple((name, *(_number(column[kind]) for column in columns)) for kind, name in KINDS.items()),
+        ),
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _of_diversity(figures: Diversity) -> Block:
+    return Table(
+        head=(f"Do they differ? Mean {figures.distance}, {figures.captions} captions", "Distance"),
+        rows=(
+            (f"two of {figures.tries} drawings of one caption", f"{figures.same:.3f}"),
+            ("drawings of two captions", f"{figures.other:.3f}"),
+            ("real pictures of two captions", f"{figures.real:.3f}"),
+        ),
+    )
+
+
+def _of_neighbours(figures: Neighbours) -> list[Block]:
+    return [
+        Text(
+            text=f"Is it a copy? The nearest of {figures.training:,} training pictures, beside that of "
+            f"{figures.held_out} real held-out pictures, which are certainly no copies. A drawing that is closer to a "
+            "training picture than all of these is counted as one. The closest are shown."
+        ),
+        Table(
+            head=("Closeness", "Drawings: median", "closest", "Real: median", "closest", "Copies"),
+            rows=tuple(
+                (
+                    each.measure,
+                    *(f"{value:.2f}" for value in (each.drawn, each.drawn_most, each.real, each.real_most)),
+                    str(each.beyond),
+                )
+                for each in figures.closeness
+            ),
+        ),
+    ]
+
+
+def _tile(pair: Pair) -> Tile:
+    return Tile(
+        shots=(Shot(media=pair.drawn, label="drawn"), Shot(media=pair.nearest, label="nearest in training")),
+        text=pair.caption,
+        note=f"{pair.measure} {pair.closeness:.2f}; nearest: {pair.nearest_caption}",
+    )
