@@ -100,7 +100,7 @@ def test_the_two_commands() -> None:
 
 def test_demo(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The main job from end to end, on few items: trains, measures, shows, and ends with the page's path."""
-    assert main(["demo", "--steps-share", "0.01"]) == 0
+    assert main(["demo", "--steps-share", "0.001"]) == 0
     first, last = capsys.readouterr().out.strip().splitlines()
     assert last == f"the report: {first}"
     text = Path(first).read_text(encoding="utf-8")

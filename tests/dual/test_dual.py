@@ -126,6 +126,8 @@ def test_ranks_count_the_nearer_names() -> None:
     pictures = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 0.0]])
     # Where all are equally near, none has been found.
     assert ranks(pictures, names, torch.tensor([0, 0, 2])).tolist() == [0, 1, 2]
+    own = torch.tensor([[0.0, 1.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    assert ranks(pictures, names, torch.tensor([0, 0, 2]), own).tolist() == [2, 0, 2]
 
 
 def test_equal_things_are_not_held_against_each_other() -> None:

@@ -7,6 +7,7 @@ import pytest
 from emulus.evaluate.answers import Answered, Answers, Captioned
 from emulus.evaluate.bars import Bar, bars
 from emulus.evaluate.choice import Accuracy, Choice, Ranks
+from emulus.evaluate.report import Figures
 from emulus.evaluate.summary import bars_section
 
 
@@ -42,7 +43,9 @@ def test_values_are_those_of_the_figures() -> None:
         0.97,
         "least",
     )
-    table = bars_section(tuple(found.values()), "words").blocks[0]
-    rows = {row[0].split(" (")[0]: row[1:] for row in table.rows}
-    assert rows["A picture's caption found"] == ("75%", "30%", "60%", "yes, and the aim")
-    assert rows["Clips, reconstructed"] == ("–", "25.0 dB", "29.0 dB", "not measured")
+    (table,) = bars_section(tuple(found.values()), "words").blocks
+    assert isinstance(table, Figures)
+    rows = {row.name: (row.value, row.beside) for row in table.rows}
+    assert rows["A picture's caption found"] == ("75%", "aim reached · at least 30% · aim 60%")
+    assert rows["Clips, reconstructed"] == ("–", "not measured · at least 25.0 dB · aim 29.0 dB")
+    assert rows["Frames ahead nearer than the given frames again"] == ("–", "not measured · aim 100%")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from emulus.data.item import Question
 from emulus.data.source import open_source
 from emulus.data.tokens import TokenizedItem
 from emulus.dual import DualConfig, DualEncoder
@@ -26,6 +27,7 @@ from emulus.evaluate.drawing import (
     draw,
     drawing_figures,
     found,
+    lookalikes,
     paint,
     pixels_of,
 )
@@ -112,7 +114,8 @@ def test_copies_are_found(model: Emulus, training: list[Example], held_out: list
     )
     closeness, pairs = by_codes(model, drawn, real, known, 2)
     assert (closeness.drawn, closeness.drawn_most, len(pairs)) == (1.0, 1.0, 2)
-    assert closeness.beyond == (3 if closeness.real_most < 1 else 0)
+    assert closeness.real_high < 1
+    assert closeness.beyond == 3
     assert pairs[0].closeness == 1.0
     assert pairs[0].nearest_caption == copied[0].caption
     seen, alike = by_features(dual, drawn, real, [example.item for example in training], 1)
@@ -130,6 +133,9 @@ def test_nearest_by_codes_and_by_vectors() -> None:
     assert vectors.places.tolist() == [1]
     summed = Closeness.of("m", torch.tensor([0.2, 0.9, 0.95]), torch.tensor([0.1, 0.9]))
     assert (summed.drawn, summed.beyond) == (pytest.approx(0.9), 1)
+    # One picture under two names does not hide the copies.
+    twins = Closeness.of("m", torch.tensor([0.5, 0.9, 1.0]), torch.cat([torch.rand(199) * 0.6, torch.ones(1)]))
+    assert twins.beyond == 2
 
 
 def test_names_are_found_as_often_as_they_are() -> None:
@@ -138,6 +144,31 @@ def test_names_are_found_as_often_as_they_are() -> None:
     hits = found(pictures, names, torch.tensor([0, 1, 2, 3, 4, 0]))
     assert (hits.top1.right, hits.top10.right, hits.top1.asked) == (4, 5, 6)
     assert hits.median_rank == 1
+
+
+def test_a_name_is_stood_for_by_its_other_pictures(model: Emulus, held_out: list[Example], dual: DualEncoder) -> None:
+    discs = [example for example in held_out if isinstance(example.media, Image)]
+
+    def named(example: Example, name: str) -> Example:
+        question = Question("what is it?", name)
+        return dataclasses.replace(example, item=dataclasses.replace(example.item, questions=(question,)))
+
+    # Two pictures of each name look the same, but for one name that has a single picture.
+    places = (0, 0, 1, 1, 2)
+    twins = [
+        named(
+            dataclasses.replace(discs[place], item=dataclasses.replace(discs[place].item, id=f"twin {number}")),
+            str(place),
+        )
+        for number, place in enumerate(places)
+    ]
+    pixels = pixels_of(twins)
+    figures = lookalikes(dual, twins, twins, {"real": pixels, "wrong": pixels[[2, 3, 0, 1, 4]]})
+    assert figures is not None
+    assert (figures.names, figures.chance1) == (3, 1 / 3)
+    assert (figures.found["real"].top1.right, figures.found["real"].top1.asked) == (4, 4)
+    assert figures.found["wrong"].top1.right == 0
+    assert lookalikes(dual, twins[4:], twins[4:], {"real": pixels[4:]}) is None
 
 
 def test_everything_is_measured_and_told(
@@ -177,5 +208,5 @@ def test_without_a_judge_and_without_pictures(model: Emulus, training: list[Exam
     counts = DrawingConfig(pictures=2, various=0, frechet=False)
     made = drawing_figures(model, held_out, known, [example.item for example in training], None, counts)
     assert made is not None
-    assert (made[0].retrieval, made[0].frechet, made[0].diversity) == (None, (), None)
+    assert (made[0].retrieval, made[0].lookalikes, made[0].frechet, made[0].diversity) == (None, None, (), None)
     assert drawing_figures(model, [], known, [], None, counts) is None

@@ -111,9 +111,10 @@ def show(options: DemoOptions, page: Path) -> tuple[Section, ...]:
     Raises:
         EmulusError: The model is not whole, or the data hold nothing that was held out.
     """
-    logger.info(f"{options.model} draws, animates, continues, describes and answers, all about things it never saw")
+    source = open_source(options.data)
     model = load(options.model)
-    examples = _examples(model, open_source(options.data), options)
+    logger.info(f"{options.model} draws, animates, continues, describes and answers, all about things it never saw")
+    examples = _examples(model, source, options)
     sections = (*galleries(model, examples, SHOWN, seed=options.seed), answers(model, even(examples, ASKED)))
     text = (
         "Everything here is from items that the model was not trained on. What is shown is the first and only try; "

@@ -66,14 +66,21 @@ class Names:
         return min(first / len(self.names), 1.0)
 
 
-def ranks(pictures: Float[Tensor, "n d"], names: Float[Tensor, "k d"], places: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+def ranks(
+    pictures: Float[Tensor, "n d"],
+    names: Float[Tensor, "k d"],
+    places: Int[Tensor, " n"],
+    own: Float[Tensor, "n d"] | None = None,
+) -> Int[Tensor, " n"]:
     """How many names are nearer to each picture than its own; ties count as nearer.
 
     Args:
         pictures: Unit vectors.
         names: Unit vectors of the candidates.
         places: Which of these is right.
+        own: Unit vectors of the right names, where each picture has its own for them.
     """
     scores = pictures @ names.T
-    own = scores.gather(1, places[:, None])
-    return (scores >= own).sum(1) - 1
+    if own is not None:
+        scores.scatter_(1, places[:, None], (pictures * own).sum(1, keepdim=True))
+    return (scores >= scores.gather(1, places[:, None])).sum(1) - 1

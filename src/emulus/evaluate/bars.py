@@ -9,7 +9,7 @@ from emulus.evaluate.answers import STYLE_QUESTION, Answers
 from emulus.evaluate.choice import Choice
 from emulus.evaluate.clips import ClipFigures
 from emulus.evaluate.continuation import LOOP, REPEAT, Continuation
-from emulus.evaluate.drawing import DrawingFigures
+from emulus.evaluate.drawing_section import DrawingFigures
 from emulus.evaluate.reconstruction import Reconstruction
 
 Reached = Literal["aim", "least", "no", "not measured"]

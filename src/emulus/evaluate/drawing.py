@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -149,6 +150,7 @@ def drawing_figures(
         count=len(asked),
         sampling={name: getattr(model.defaults, name) for name in SAMPLING},
         retrieval=None if dual is None else retrieval(dual, held_out, asked, kinds),
+        lookalikes=None if dual is None else lookalikes(dual, held_out, asked, kinds),
         frechet=tuple(distances(space, kinds, pixels_of(others), painted) for space in _spaces(model, dual, config)),
         neighbours=Neighbours(
             training=len(known), held_out=len(held_out), closeness=tuple(closeness for closeness, _ in judged)
@@ -256,15 +258,47 @@ def retrieval(
     )
 
 
-def found(pictures: Vectors, names: Vectors, places: Int[Tensor, " n"]) -> Found:
+def lookalikes(
+    dual: DualEncoder, held_out: Sequence[Example], asked: Sequence[Example], kinds: Mapping[str, Pixels]
+) -> Retrieval | None:
+    """As :func:`retrieval`, but a name is stood for by its held-out pictures instead of its words.
+
+    Words that were never seen are hard to place, pictures are not: this is the sharper of the two, and asks less. The
+    very picture whose caption was drawn never stands for its name, so that real pictures are not looked up by
+    themselves; captions whose name has no other picture are left out.
+
+    Returns:
+        The figures, or None where no name has a second picture.
+    """
+    names = Names.of([example.item for example in held_out])
+    vectors = dual.images(pixels_of(held_out))
+    sums = torch.zeros(len(names.names), vectors.shape[1]).index_add_(0, names.places, vectors)
+    row_of = {example.item.id: row for row, example in enumerate(held_out)}
+    shared = names.places.bincount()[names.places] > 1
+    kept = torch.tensor([bool(shared[row_of[example.item.id]]) for example in asked])
+    rows = torch.tensor([row_of[example.item.id] for example in asked])[kept]
+    if not len(rows):
+        return None
+    places = names.places[rows]
+    candidates, own = F.normalize(sums, dim=-1), F.normalize(sums[places] - vectors[rows], dim=-1)
+    return Retrieval(
+        names=len(names.names),
+        chance1=names.chance(1),
+        chance10=names.chance(10),
+        found={kind: found(dual.images(pixels[kept]), candidates, places, own) for kind, pixels in kinds.items()},
+    )
+
+
+def found(pictures: Vectors, names: Vectors, places: Int[Tensor, " n"], own: Vectors | None = None) -> Found:
     """How often the right name is found.
 
     Args:
         pictures: Their unit vectors.
         names: Unit vectors of the candidates.
         places: Which of these is right.
+        own: What the right name's vector is for each picture, where that differs.
     """
-    above = ranks(pictures, names, places)
+    above = ranks(pictures, names, places, own)
     return Found(
         top1=Accuracy.of(int((above < 1).sum()), len(above)),
         top10=Accuracy.of(int((above < 10).sum()), len(above)),

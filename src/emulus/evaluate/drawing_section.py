@@ -27,7 +27,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """The names of pictures as the dual encoder sees them.
+    """The names of pictures as the dual encoder sees them, looked up by words or by other pictures.
 
     Attributes:
         names: How many there are to choose from: those of all held-out pictures.
@@ -94,7 +94,8 @@ class DrawingFigures:
     Attributes:
         count: Captions drawn, one picture each.
         sampling: Temperature, top-k, top-p and guidance.
-        retrieval: Whether they show what they should; None without a dual encoder.
+        retrieval: Whether they show what they should, by the words of the names; None without a dual encoder.
+        lookalikes: The same by other pictures of the names; None without a dual encoder or such pictures.
         frechet: Whether they are like real ones as a set, in one or two kinds of features.
         neighbours: Whether they are copies of training pictures.
         diversity: Whether they differ; None where that was not asked for or cannot be measured.
@@ -103,6 +104,7 @@ class DrawingFigures:
     count: int
     sampling: Mapping[str, float]
     retrieval: Retrieval | None
+    lookalikes: Retrieval | None
     frechet: tuple[Distances, ...]
     neighbours: Neighbours
     diversity: Diversity | None
@@ -127,7 +129,9 @@ def drawing_section(figures: DrawingFigures, pairs: Sequence[Pair] = ()) -> Sect
     settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in figures.sampling.items())
     blocks: list[Block] = []
     if figures.retrieval is not None:
-        blocks += _of_retrieval(figures.retrieval)
+        blocks += _of_retrieval(figures.retrieval, f"Is it what was asked for? {_BY_WORDS}")
+    if figures.lookalikes is not None:
+        blocks += _of_retrieval(figures.lookalikes, f"Is it like other pictures of that name? {_BY_PICTURES}")
     if figures.frechet:
         blocks += _of_distances(figures.frechet)
     if figures.diversity is not None:
@@ -142,30 +146,26 @@ def drawing_section(figures: DrawingFigures, pairs: Sequence[Pair] = ()) -> Sect
     )
 
 
-def _of_retrieval(figures: Retrieval) -> list[Block]:
+_BY_WORDS = (
+    "A dual encoder that never saw these names looks every picture's up among all held-out names, by their words. How "
+    "far it can be trusted shows in what it makes of real pictures: it is small and does not know every word. The ends "
+    "of 95 % intervals stand in brackets."
+)
+_BY_PICTURES = (
+    "The same with each name stood for by its held-out pictures, other styles of the same thing among them, but never "
+    "by the one whose caption was drawn. It needs no words, so it is sharper."
+)
+
+
+def _of_retrieval(figures: Retrieval, about: str) -> list[Block]:
     rows = []
     for kind, name in KINDS.items():
         hit = figures.found[kind]
-        rows.append(
-            (
-                name,
-                _share(hit.top1),
-                _share(hit.top10),
-                f"{hit.top10.share / figures.chance10:.1f}",
-                f"{hit.median_rank:g}",
-            )
-        )
-    return [
-        Text(
-            text=f"Is it what was asked for? A dual encoder that never saw these names looks every picture's up among "
-            f"all {figures.names} held-out names. Real pictures show how far it can be trusted: it is small and does "
-            "not know every word. Ends of the 95 % intervals stand in brackets."
-        ),
-        Table(
-            head=("Pictures", "Name found", "Among ten", "Times chance", "Median rank"),
-            rows=(*rows, ("guessing", f"{figures.chance1:.1%}", f"{figures.chance10:.1%}", "1.0", "")),
-        ),
-    ]
+        times = f"{hit.top10.share / figures.chance10:.1f}"
+        rows.append((name, _share(hit.top1), _share(hit.top10), times, f"{hit.median_rank:g}"))
+    guessing = ("guessing", f"{figures.chance1:.1%}", f"{figures.chance10:.1%}", "1.0", f"{(figures.names + 1) / 2:g}")
+    head = (f"Found among {figures.names} names", "Nearest", "Among ten", "Times chance", "Median rank")
+    return [Text(text=about), Table(head=head, rows=(*rows, guessing))]
 
 
 def _share(accuracy: Accuracy) -> str:
@@ -205,24 +205,21 @@ def _of_diversity(figures: Diversity) -> Block:
 
 
 def _of_neighbours(figures: Neighbours) -> list[Block]:
-    return [
-        Text(
-            text=f"Is it a copy? The nearest of {figures.training:,} training pictures, beside that of "
-            f"{figures.held_out} real held-out pictures, which are certainly no copies. A drawing that is closer to a "
-            "training picture than all of these is counted as one. The closest are shown."
-        ),
-        Table(
-            head=("Closeness", "Drawings: median", "closest", "Real: median", "closest", "Copies"),
-            rows=tuple(
-                (
-                    each.measure,
-                    *(f"{value:.2f}" for value in (each.drawn, each.drawn_most, each.real, each.real_most)),
-                    str(each.beyond),
-                )
-                for each in figures.closeness
-            ),
-        ),
-    ]
+    about = (
+        f"Is it a copy? How close the nearest of {figures.training:,} training pictures is, beside the same for "
+        f"{figures.held_out} real held-out pictures, which are no copies. Drawings that are closer than all but a "
+        "hundredth of these are counted; more than a hundredth would be copies. The closest drawings are shown below."
+    )
+    rows = tuple(
+        (
+            each.measure,
+            *(f"{value:.2f}" for value in (each.drawn, each.drawn_most, each.real, each.real_high)),
+            str(each.beyond),
+        )
+        for each in figures.closeness
+    )
+    head = ("Closeness to training", "Drawn: median", "Closest", "Real: median", "All but 1 %", "Drawn beyond")
+    return [Text(text=about), Table(head=head, rows=rows)]
 
 
 def _tile(pair: Pair) -> Tile:

@@ -383,6 +383,8 @@ def _choice(given: Given) -> Outcome:
         (f"{SAME}, more", config.rank_size, config.rank_groups, False),
         (f"{MIXED}, more", config.rank_size, config.rank_groups, False),
     ):
+        if not count:
+            continue
         groups = make_groups(items, size=size, count=count, same_style=kind.startswith(SAME), seed=config.seed)
         logger.info(
             f"choosing among {size} {'pictures and captions' if pictures else 'captions'}, {len(groups)} groups"

@@ -72,6 +72,8 @@ def galleries(
 
 def reconstructions(model: Emulus, examples: Sequence[Example]) -> Section | None:
     """Originals beside what the vision tokenizer makes of their codes."""
+    if not examples:
+        return None
     logger.info(f"reconstructing {len(examples)} pictures and clips")
     tiles = [
         Tile(

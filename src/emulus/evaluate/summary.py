@@ -11,11 +11,11 @@ from emulus.evaluate.bars import Bar
 from emulus.evaluate.bounds import Bounds
 from emulus.evaluate.choice import Accuracy, Choice, Ranks
 from emulus.evaluate.clips import ClipFigures
-from emulus.evaluate.drawing import DrawingFigures
+from emulus.evaluate.drawing_section import DrawingFigures
 from emulus.evaluate.likelihood import BitsPerId, Likelihood
 from emulus.evaluate.perceptual import NAME
 from emulus.evaluate.reconstruction import CodecQuality, Quality, Reconstruction
-from emulus.evaluate.report import Figure, Figures, Section, Table
+from emulus.evaluate.report import Figure, Figures, Section
 from emulus.evaluate.sweeps import Sweeps
 
 
@@ -50,18 +50,23 @@ class Measurements:
 
 def bars_section(found: Sequence[Bar], text: str) -> Section:
     """What should be reached, and whether it is."""
-    rows = [
-        (
-            f"{bar.name} ({bar.meaning})",
-            bar.written(bar.value),
-            bar.written(bar.least),
-            bar.written(bar.aim),
-            {"aim": "yes, and the aim", "least": "yes"}.get(bar.reached, bar.reached),
+    rows = tuple(
+        Figure(
+            name=bar.name,
+            value=bar.written(bar.value),
+            beside=" · ".join(
+                [_REACHED[bar.reached]]
+                + ([] if bar.least is None else [f"at least {bar.written(bar.least)}"])
+                + [f"aim {bar.written(bar.aim)}"]
+            ),
+            meaning=bar.meaning,
         )
         for bar in found
-    ]
-    head = ("On things never seen", "This model", "At least", "Aim", "Reached")
-    return Section(title="Bars", text=text, blocks=(Table(head=head, rows=tuple(rows)),))
+    )
+    return Section(title="Bars", text=text, blocks=(Figures(rows=rows),))
+
+
+_REACHED = {"aim": "aim reached", "least": "reached", "no": "not reached", "not measured": "not measured"}
 
 
 def figures_section(measured: Measurements, text: str) -> Section:

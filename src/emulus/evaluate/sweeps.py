@@ -11,7 +11,8 @@ from emulus.data.source import even
 from emulus.dual import DualEncoder
 from emulus.errors import EmulusError, at_least
 from emulus.evaluate.charts import Chart, Line
-from emulus.evaluate.drawing import Found, draw, pixels_of, retrieval
+from emulus.evaluate.drawing import draw, lookalikes, pixels_of, retrieval
+from emulus.evaluate.drawing_section import Found
 from emulus.evaluate.features import Pixels, Space, dual_space, vgg_space
 from emulus.evaluate.frechet import frechet_distance
 from emulus.evaluate.held_out import Example
@@ -52,7 +53,8 @@ class Point:
     Attributes:
         setting: Which.
         value: Of it.
-        found: How often the dual encoder finds the right name; ``None`` without one.
+        found: How often the dual encoder finds the right name, by other held-out pictures of it, or by words where
+            there are none; ``None`` without a dual encoder.
         distance: Fréchet distance to real held-out pictures, lower is better.
     """
 
@@ -168,7 +170,9 @@ class _Judge:
     def point(self, setting: str, value: float, drawn: Pixels) -> Point:
         found: Found | None = None
         if self.dual is not None:
-            figures = retrieval(self.dual, self.held_out, self.asked, {"drawn": drawn})
+            asked = self.dual, self.held_out, self.asked, {"drawn": drawn}
+            # By pictures of that name where there are any, which is sharper than by its words.
+            figures = lookalikes(*asked) or retrieval(*asked)
             found, self.names = figures.found["drawn"], figures.names
         return Point(setting=setting, value=value, found=found, distance=self.distance(drawn))
 
@@ -211,7 +215,11 @@ def sweeps_section(figures: Sweeps, codebook_size: int) -> Section:
             Text(
                 text=f"Fréchet distances from {figures.count} drawings to {figures.others} real held-out pictures of "
                 f"other captions; as many real pictures of these captions have {figures.real:.3g}. "
-                + (f"Names are looked for among {figures.names}." if figures.names else "")
+                + (
+                    f"Names are looked for among {figures.names}, by other held-out pictures of them."
+                    if figures.names
+                    else ""
+                )
             ),
         ),
     )
@@ -251,7 +259,8 @@ def _chart(title: str, x: str, y: str, points: Sequence[tuple[float, float]], ow
 
 def _row(figures: Sweeps, point: Point) -> tuple[str, ...]:
     own = " (the model's own)" if point.value == figures.defaults[point.setting] else ""
-    shares = ("–", "–") if point.found is None else (f"{point.found.top1.share:.0%}", f"{point.found.top10.share:.0%}")
+    hits = (point.found.top1, point.found.top10) if point.found else ()
+    shares = [f"{hit.share:.0%} of {hit.asked}" for hit in hits] or ["–", "–"]
     name = f"{_name(point.setting)} {_value(point.setting, point.value)}{own}"
     return (name, str(figures.count), *shares, f"{point.distance:.3g}")
 
