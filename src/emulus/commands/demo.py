@@ -40,7 +40,7 @@ from emulus.train.loop import Interrupted
 from emulus.train.pretrain import pretrain
 from emulus.train.tokenizer import train_tokenizer
 
-SHOWN = GalleryCounts(reconstructions=9, reconstructed_clips=3, pictures=9, clips=3, continuations=3, captions=8)
+SHOWN = GalleryCounts(reconstructions=6, reconstructed_clips=2, pictures=8, clips=3, continuations=3, captions=8)
 ASKED = 8
 TINY_SHOWN = GalleryCounts(reconstructions=6, reconstructed_clips=2, pictures=6, clips=2, continuations=0, captions=0)
 NOTHING = GalleryCounts(reconstructions=0, reconstructed_clips=0, pictures=0, clips=0, continuations=0, captions=0)
@@ -115,7 +115,8 @@ def show(options: DemoOptions, page: Path) -> tuple[Section, ...]:
     model = load(options.model)
     logger.info(f"{options.model} draws, animates, continues, describes and answers, all about things it never saw")
     examples = _examples(model, source, options)
-    sections = (*galleries(model, examples, SHOWN, seed=options.seed), answers(model, even(examples, ASKED)))
+    reconstructed, *tasks = galleries(model, examples, SHOWN, seed=options.seed)
+    sections = (*tasks, answers(model, even(examples, ASKED)), reconstructed)
     text = (
         "Everything here is from items that the model was not trained on. What is shown is the first and only try; "
         "nothing was picked by hand. Figures and learning curves follow when they are there: load this page again."
@@ -166,7 +167,7 @@ def _train_tiny(options: DemoOptions) -> tuple[tuple[Path, ...], tuple[Section, 
 
 def _examples(model: Emulus, source: Source, options: DemoOptions) -> list[Example]:
     """Enough to show: an even spread over the held-out pictures and clips."""
-    config = EvaluateConfig(model=options.model, data=options.data, out=options.out, pictures=18, clips=4)
+    config = EvaluateConfig(model=options.model, data=options.data, out=options.out, pictures=16, clips=4)
     return held_out_examples(model, source, config)
 
 
