@@ -26,6 +26,8 @@ ClipCodec = Literal["WebP", "JPEG", "VP9"]
 
 SHRINKS = (1, 2, 4, 8)
 """The picture may be stored at a part of its size and scaled up again: at few bits that is better."""
+FILM_SHRINKS = (1, 2)
+"""VP9 is the slowest and needs it least."""
 
 _OPTIONS: dict[Codec, tuple[dict[str, Any], ...]] = {
     "WebP": ({"method": 6},),
@@ -89,7 +91,7 @@ def best_within(image: PIL.Image.Image, codec: Codec, max_bytes: float) -> Coded
     Returns:
         The best file that fits; where headers alone are too large, the smallest file that there is.
     """
-    ways = itertools.chain.from_iterable(_still(small, codec) for small in _shrunk(image))
+    ways = itertools.chain.from_iterable(_still(small, codec) for small in _shrunk(image, SHRINKS))
     return _best([image], ways, max_bytes)
 
 
@@ -108,9 +110,9 @@ def best_clip_within(frames: Sequence[PIL.Image.Image], codec: ClipCodec, max_by
     Returns:
         As for pictures.
     """
-    ways = itertools.chain.from_iterable(
-        _moving(small, codec) for small in zip(*(_shrunk(frame) for frame in frames), strict=True)
-    )
+    shrinks = FILM_SHRINKS if codec == "VP9" else SHRINKS
+    smaller = zip(*(_shrunk(frame, shrinks) for frame in frames), strict=True)
+    ways = itertools.chain.from_iterable(_moving(small, codec) for small in smaller)
     return _best(frames, ways, max_bytes)
 
 
@@ -133,8 +135,8 @@ def _best(originals: Sequence[PIL.Image.Image], ways: Iterator[_Way], max_bytes:
     )
 
 
-def _shrunk(image: PIL.Image.Image) -> Iterator[PIL.Image.Image]:
-    for shrink in SHRINKS:
+def _shrunk(image: PIL.Image.Image, shrinks: Sequence[int]) -> Iterator[PIL.Image.Image]:
+    for shrink in shrinks:
         height, width = (max(side // shrink, 1) for side in (image.height, image.width))
         yield resize(image, height, width)
 

@@ -149,12 +149,10 @@ class Strip:
 
     Attributes:
         caption: Of the clip.
-        given: The frames seen.
         rows: The frames ahead, by where they come from; the true ones first.
     """
 
     caption: str
-    given: Pixels
     rows: dict[str, Pixels]
 
 
@@ -205,7 +203,6 @@ def continuation(
     strips = tuple(
         Strip(
             caption=chosen[place].caption,
-            given=to_pixels(chosen[place].frames[:given]),
             rows={name: frames[place] for name, frames in rows.items()},
         )
         for place in even(range(len(chosen)), config.show)

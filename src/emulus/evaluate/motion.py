@@ -31,7 +31,7 @@ class Motion:
         flicker: How far frames are from the mean of their two neighbours, over how far they are from these: 0 where all
             pixels change evenly, 1 where every frame is undone by the next one.
         jumps: Difference of frames across the border of two codes, over that of frames of one code: 1 where nothing
-            tells where a code ends; ``None`` where no clip has both.
+            tells where a code ends; ``None`` where frames of one code do not differ, or all are of one.
         seam: ST-LPIPS of the last frame and the first: how well the clip can be played as a loop.
     """
 
@@ -61,12 +61,13 @@ def motion(clips: Sequence[Float[Tensor, "t 3 h w"]], temporal_factor: int) -> M
     """Measure how clips move.
 
     Args:
-        clips: At least one, each of at least three frames in [-1, 1]; they may differ in length.
+        clips: At least one, each of at least two frames in [-1, 1]; they may differ in length.
         temporal_factor: Frames of a code.
     """
     moves = [_moves(clip.clamp(-1, 1)) for clip in clips]
     differences = torch.cat([each.differences for each in moves])
     crosses = torch.cat([torch.arange(1, len(each.differences) + 1) % temporal_factor == 0 for each in moves])
+    within = differences[~crosses].sum() / max(int((~crosses).sum()), 1)
     amounts = torch.stack([each.differences.mean() for each in moves])
     return Motion(
         count=len(moves),
@@ -76,9 +77,7 @@ def motion(clips: Sequence[Float[Tensor, "t 3 h w"]], temporal_factor: int) -> M
         consistency=None if moves[0].distance is None else _mean([each.distance or 0.0 for each in moves]),
         # Sums, not means of quotients: clips that hardly move have none worth counting.
         flicker=_ratio(_mean([each.bends for each in moves]), _mean([each.neighbours for each in moves])),
-        jumps=_ratio(float(differences[crosses].mean()), float(differences[~crosses].mean()))
-        if len(crosses.unique()) == 2
-        else None,
+        jumps=float(differences[crosses].mean() / within) if crosses.any() and within > 0 else None,
         seam=None if moves[0].seam is None else _mean([each.seam or 0.0 for each in moves]),
     )
 
@@ -92,8 +91,8 @@ def _moves(clip: Float[Tensor, "t 3 h w"]) -> _Moves:
     return _Moves(
         differences=changes.flatten(1).mean(1),
         moving=float((changes.amax(1) > MOVING).float().mean()),
-        bends=float(bends.mean()),
-        neighbours=float((changes[1:] + changes[:-1]).mean()) / 2,
+        bends=_average(bends),
+        neighbours=_average(changes[1:] + changes[:-1]) / 2,
         distance=None if distances is None else float(distances[:-1].mean()),
         seam=None if distances is None else float(distances[-1]),
     )
@@ -101,6 +100,11 @@ def _moves(clip: Float[Tensor, "t 3 h w"]) -> _Moves:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _average(values: Tensor) -> float:
+    """0 of none: a clip of two frames does not bend."""
+    return float(values.sum()) / max(values.numel(), 1)
 
 
 def _ratio(value: float, other: float) -> float:
