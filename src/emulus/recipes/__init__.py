@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from emulus.errors import EmulusError, did_you_mean
 from emulus.recipes.demo import demo_tiny
 from emulus.recipes.emoji import emoji, emoji_64
@@ -9,7 +11,7 @@ from emulus.recipes.emu3 import emu3_8b_stage1, emu3_8b_stage2
 from emulus.recipes.ladder import emoji_3m, emoji_10m, emoji_25m, emoji_60m
 from emulus.recipes.recipe import Recipe
 
-RECIPES = {
+RECIPES: dict[str, Callable[..., Recipe]] = {
     "demo-tiny": demo_tiny,
     "emoji": emoji,
     "emoji-64": emoji_64,
