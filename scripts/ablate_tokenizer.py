@@ -36,15 +36,16 @@ from emulus.train.tokenizer import TokenizerTrainConfig, train_tokenizer
 
 Changes = Mapping[str, Any]
 
-PERCEPTUAL: Changes = {"reconstruction": {"perceptual": 0.1}}
-ADVERSARIAL: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.01, "lecam": 0.0}}
-EVERYTHING: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.01, "lecam": 0.01}}
+PERCEPTUAL: Changes = {"reconstruction": {"perceptual": 0.05}}
+ADVERSARIAL: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.004, "lecam": 0.0}}
+EVERYTHING: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.004, "lecam": 0.01}}
 
 LOSSES: dict[str, Changes] = {
     "l2": {},
     "l1": {"reconstruction": {"l2": 0.0, "l1": 0.3}},
+    "+motion": {"reconstruction": {"motion": 2.0}},
     "+perceptual": PERCEPTUAL,
-    "+perceptual-vgg": {"reconstruction": {"perceptual": 0.1, "backbone": "vgg"}},
+    "+perceptual-vgg": {"reconstruction": {"perceptual": 0.05, "backbone": "vgg"}},
     "+adversarial": ADVERSARIAL,
     "+lecam": EVERYTHING,
     "all-perceptual": {"adversarial": EVERYTHING["adversarial"]},
@@ -52,7 +53,7 @@ LOSSES: dict[str, Changes] = {
     "commitment-0.25": {"codebook": {"commitment": 0.25}},
     "no-revival": {"revive_share": 0.0},
 }
-"""What each case changes; the losses build on each other from ``l2`` to ``+lecam``, which is all of them."""
+"""What each case changes; ``+adversarial`` and ``+lecam`` are beside ``+perceptual``."""
 
 FROZEN: dict[str, Changes] = {
     f"frozen{name}": {**changes, "freeze_encoder": True}
@@ -64,7 +65,10 @@ SHAPES: dict[str, Changes] = {f"codebook-{size}": {"model": {"codebook_size": si
 SHAPES |= {f"embed-{width}": {"model": {"embed_dim": width, "z_channels": width}} for width in (4, 8, 16)}
 """From scratch only."""
 
-PLAIN: Changes = {"reconstruction": {"l2": 1.0, "l1": 0.0, "perceptual": 0.0}, "adversarial": {"weight": 0.0}}
+PLAIN: Changes = {
+    "reconstruction": {"l2": 1.0, "l1": 0.0, "motion": 0.0, "perceptual": 0.0},
+    "adversarial": {"weight": 0.0},
+}
 """What every case begins with, whatever the recipe says."""
 
 

@@ -135,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="emoji-64", help="whose decoder is trained")
     parser.add_argument("--tokens", help="another tokens folder than the recipe's")
+    parser.add_argument("--size", help="another size than the recipe's")
     parser.add_argument("--steps", type=int, default=2000, help="of the model that learns everything")
     parser.add_argument("--documents", type=int, default=400, help="held-out documents of each task")
     parser.add_argument("--out", type=Path, default=Path("runs/single-task"))
@@ -145,6 +146,7 @@ def main() -> None:
         decoder,
         tokens=(options.tokens,) if options.tokens else decoder.tokens,
         out=options.out,
+        size=options.size or decoder.size,
         evaluation_documents=options.documents,
         evaluation_pictures=0,
         train=dataclasses.replace(decoder.train, steps=options.steps, evaluate_every=0),

@@ -72,13 +72,20 @@ class Bundle:
     vision_dtype: torch.dtype = torch.float32
 
 
-def save_bundle(bundle: Bundle, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def save_bundle(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    vision_dtype: torch.dtype = torch.float32,
+) -> None:
     """Write every part the bundle has.
 
     Args:
         bundle: What to write.
         folder: Where; created if need be.
-        dtype: Of the decoder's weights on disk; the vision tokenizer keeps its own, since rounding would move codes.
+        dtype: Of the decoder's weights on disk.
+        vision_dtype: Of the vision tokenizer's weights that paint; the others keep theirs, since rounding moves codes.
 
     Raises:
         EmulusError: The disk is full or the folder may not be written to.
@@ -93,7 +100,7 @@ def save_bundle(bundle: Bundle, folder: Path, *, dtype: torch.dtype | None = Non
     if bundle.vocabulary is not None:
         bundle.vocabulary.save(folder / "vocabulary.json")
     if bundle.vision is not None:
-        save_vision_tokenizer(bundle.vision, folder / "vision")
+        save_vision_tokenizer(bundle.vision, folder / "vision", dtype=vision_dtype)
 
 
 def load_bundle(

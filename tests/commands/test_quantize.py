@@ -14,7 +14,7 @@ from emulus.bundle import Bundle, load_bundle, save_bundle
 from emulus.cli import main
 from emulus.commands.quantize import quantize_folder
 from emulus.data.tokenize import TokenizeConfig, tokenize
-from emulus.data.tokens import Tokens
+from emulus.data.tokens import Tokens, vision_digest
 from emulus.errors import EmulusError
 from emulus.layouts import convert, inspect_folder
 from emulus.model import Decoder, load_decoder, sized
@@ -116,6 +116,22 @@ def test_what_stays_whole_keeps_its_type(folder: Path, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in load_decoder(tmp_path / "short").parameters()} == {torch.bfloat16}
     quantize_folder(folder, tmp_path / "small", "int8")
     assert {parameter.dtype for parameter in load_decoder(tmp_path / "small").parameters()} == {torch.float32}
+
+
+def test_half_of_the_vision_tokenizer_rounded(trained: Path, tokens: Path, tmp_path: Path) -> None:
+    words = ["quantize", str(trained), str(tmp_path / "small"), "--to", "int8", "--vision-dtype", "bfloat16"]
+    # The codes are the same, so the tokens are still this model's.
+    assert main([*words, "--calibrate", str(tokens), "--documents", "2"]) == 0
+    before, after = (load_bundle(path, device="cpu").vision for path in (trained, tmp_path / "small"))
+    assert before is not None
+    assert after is not None
+    assert vision_digest(before) == vision_digest(after)
+    assert {tensor.dtype for tensor in after.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    for name, tensor in before.decoder.state_dict().items():
+        stored = tensor.bfloat16().to(tensor.dtype) if tensor.is_floating_point() else tensor
+        assert torch.equal(after.decoder.state_dict()[name], stored)
+    sizes = [(path / "vision/model.safetensors").stat().st_size for path in (trained, tmp_path / "small")]
+    assert sizes[1] < 0.85 * sizes[0]
 
 
 def test_a_released_model(released: Path, released_vision: Path, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 import emulus
+from emulus.commands.quantize import quantize_folder
 from emulus.config import write_yaml
 from emulus.data.tokenize import TokenizeConfig, tokenize
 from emulus.errors import EmulusError
+from emulus.model.linear import Quantization, QuantizedLinear
 from emulus.pipeline import Emulus
 from emulus.recipes import recipe
 from emulus.sequence import collate, modalities
@@ -227,6 +229,21 @@ def test_another_models_weights_to_start_from(decoder_config: PretrainConfig, tm
         pretrain(dataclasses.replace(config, out=Path(config.tokens[0])))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_fewer_bits_to_start_from(decoder_config: PretrainConfig, tmp_path: Path, kind: Quantization) -> None:
+    config = dataclasses.replace(decoder_config, out=tmp_path / "first", train=dataclasses.replace(QUICK, steps=2))
+    quantize_folder(pretrain(config), tmp_path / kind, kind)
+    begun = dataclasses.replace(config, out=tmp_path / "second", init=str(tmp_path / kind))
+    objective = PretrainObjective(begun)
+    stored = emulus.load(tmp_path / kind, device="cpu").decoder
+    for name, module in stored.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert torch.equal(module.dequantize(), objective.model.get_parameter(f"{name}.weight"))
+    for name, weight in stored.named_parameters():
+        assert torch.equal(weight, objective.model.get_parameter(name))
+    assert pretrain(begun).is_dir()
+
+
 def test_optimisers_and_extras(decoder_config: PretrainConfig, tmp_path: Path) -> None:
     loop = dataclasses.replace(QUICK, steps=4, optimizer="muon", skip_norm=10.0, keep_every=2, save_every=1, keep=1)
     config = dataclasses.replace(decoder_config, out=tmp_path, z_loss=1e-4, train=loop)
@@ -259,3 +276,23 @@ def test_recipes_fit_together() -> None:
         assert chosen.decoder.tokens == (str(chosen.tokens.out),)
         assert chosen.decoder.defaults.height == chosen.tokens.size == chosen.tokenizer.size
         assert chosen.decoder.defaults.num_frames == chosen.tokens.max_frames == chosen.tokenizer.clip_frames
+
+
+def test_codes_that_look_alike_begin_alike(decoder_config: PretrainConfig) -> None:
+    plain, objective = (
+        PretrainObjective(dataclasses.replace(decoder_config, codebook_init=chosen)) for chosen in (False, True)
+    )
+    start, count = objective.vocabulary.visual_start, objective.vocabulary.visual_size
+    codes = objective.vision.quantize.embedding.weight
+    rows = [each.model.get_parameter("model.embed_tokens.weight") for each in (plain, objective)]
+    near, far = torch.cdist(codes, codes).flatten().argsort()[[count, -1]].tolist()
+
+    def apart(weight: torch.Tensor, pair: int) -> float:
+        first, second = divmod(pair, count)
+        return float((weight[start + first] - weight[start + second]).norm().detach())
+
+    assert apart(rows[1], near) < 0.5 * apart(rows[1], far)
+    torch.testing.assert_close(rows[1][start:].std(), rows[0][start:].std(), rtol=0.3, atol=0)
+    assert torch.equal(rows[1][:start], rows[0][:start])
+    again = PretrainObjective(dataclasses.replace(decoder_config, codebook_init=True))
+    assert torch.equal(again.model.get_parameter("model.embed_tokens.weight"), rows[1])

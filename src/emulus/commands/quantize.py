@@ -42,6 +42,7 @@ class QuantizeOptions:
         documents: How many of its training items to look at.
         vision: The folder (or name) of the vision tokenizer, where the model has none.
         dtype: Of the decoder's weights that stay whole; what they are by default.
+        vision_dtype: Of the vision tokenizer's weights that paint, on disk; its codes stay what they are.
         device: Where it is computed: ``cpu``, ``cuda`` ...
     """
 
@@ -52,6 +53,7 @@ class QuantizeOptions:
     documents: int = 128
     vision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    vision_dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
 
 
@@ -66,6 +68,7 @@ def quantize(arguments: Sequence[str]) -> None:
         documents=options.documents,
         vision=fetch(options.vision) if options.vision else None,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
+        vision_dtype=getattr(torch, options.vision_dtype),
         device=options.device,
     )
     size = sum(path.stat().st_size for path in options.out.glob("*.safetensors"))
@@ -82,6 +85,7 @@ def quantize_folder(
     documents: int = 128,
     vision: Path | None = None,
     dtype: torch.dtype | None = None,
+    vision_dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Contents:
     """Write a model in our layout, its decoder in fewer bits and everything else as it is.
@@ -97,6 +101,7 @@ def quantize_folder(
         documents: How many of its training items to look at.
         vision: Where the vision tokenizer is, if not in ``src``.
         dtype: Of the decoder's weights that stay whole; what they are by default.
+        vision_dtype: Of the vision tokenizer's weights that paint.
         device: Where this is computed.
 
     Returns:
@@ -126,7 +131,7 @@ def quantize_folder(
     rest = dtype or pick_dtype(None, "cpu", source)
     decoder = _decoder(source, config, kind, ids, rest, device)
     with new_folder(out) as temporary:
-        save_bundle(dataclasses.replace(bundle, decoder=decoder), temporary, dtype=rest)
+        save_bundle(dataclasses.replace(bundle, decoder=decoder), temporary, dtype=rest, vision_dtype=vision_dtype)
         if ids is not None:
             _note(temporary / CONFIG, documents=len(ids), ids=sum(map(len, ids)))
         inspect_folder(temporary)

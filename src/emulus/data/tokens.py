@@ -33,6 +33,7 @@ from emulus.files import read_json
 from emulus.sequence import Image, Video
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer
+from emulus.tokenizer.vision.weights import PAINTS
 from emulus.tokenizer.vocabulary import Vocabulary
 
 SETTINGS = "tokens.json"
@@ -176,8 +177,12 @@ class Tokens:
 
 
 def vision_digest(vision: VisionTokenizer) -> str:
-    """SHA-256 of a vision tokenizer's weights: codes of different ones mean different things."""
+    """SHA-256 of the weights that choose a vision tokenizer's codes: those of different ones mean different things.
+
+    What paints is left out, so it may be trained further or rounded.
+    """
     digest = hashlib.sha256()
-    for _, tensor in sorted(vision.state_dict().items()):
-        digest.update(tensor.cpu().numpy().tobytes())
+    for name, tensor in sorted(vision.state_dict().items()):
+        if not name.startswith(PAINTS):
+            digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -232,6 +232,29 @@ def quantize_rows(layer: QuantizedLinear, stored: Stored, name: str, device: Pla
         put_rows(layer, start, rows, name=f"{stored.file}: {name}")
 
 
+def read_weight(
+    name: str, shape: torch.Size, tensors: Tensors, kind: Quantization | None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """One of a decoder's weights in float32, from files in which it is whole or has fewer bits.
+
+    Args:
+        name: Of the parameter.
+        shape: Its shape.
+        tensors: Where the decoder's tensors are stored.
+        kind: How many bits projections and head have there; ``None`` if they are whole.
+        device: Where it shall be.
+
+    Raises:
+        EmulusError: The file is damaged.
+    """
+    bits = None if kind is None else kind_of(name, kind)
+    if bits is None:
+        return read_tensor(tensors[name], dtype=torch.float32, device=device).reshape(shape)
+    layer = QuantizedLinear(shape[1], shape[0], bits, "meta")
+    _read_quantized(layer, tensors, name.removesuffix(".weight"), device)
+    return layer.dequantize()
+
+
 def _read_config(folder: Path) -> tuple[DecoderConfig, Quantization | None]:
     path = folder / CONFIG
     values = read_json(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from emulus.data.loader import ReadingConfig
@@ -20,6 +21,14 @@ DATA = Path("data/emoji")
 """In the repository."""
 MORE_DATA = Path("data/emoji-more")
 """Made by ``emulus data emoji --skin-tones --versions 4 --clip-versions 2 --out data/emoji-more``."""
+
+_LOOP = TrainConfig(
+    steps=1, warmup_steps=100, schedule="wsd", decay_share=0.3, ema_decay=0.998, evaluate_every=500, save_every=250
+)
+"""What all of these runs share."""
+_PAINTING = replace(_LOOP, weight_decay=0.01, log_every=50)
+_WRITING = replace(_LOOP, learning_rate=2e-3, weight_decay=0.1, log_every=20)
+_DEFAULTS = GenerationDefaults(height=64, width=64, num_frames=16, fps=8.0, top_k=256)
 
 
 def emoji(data: Path = DATA, more: Path = MORE_DATA, runs: Path = Path("runs/emoji")) -> Recipe:
@@ -51,42 +60,23 @@ def emoji(data: Path = DATA, more: Path = MORE_DATA, runs: Path = Path("runs/emo
             adversarial=AdversarialConfig(weight=0.004, start_share=0.72),
             pictures_per_batch=6,
             clips_per_batch=2,
-            train=TrainConfig(
-                steps=6000,
-                learning_rate=1.2e-3,
-                warmup_steps=100,
-                schedule="wsd",
-                decay_share=0.3,
-                weight_decay=0.01,
-                ema_decay=0.998,
-                log_every=50,
-                evaluate_every=500,
-                save_every=250,
-            ),
+            train=replace(_PAINTING, steps=6000, learning_rate=1.2e-3),
         ),
         tokens=TokenizeConfig(sources=(more,), vision=runs / "tokenizer", out=runs / "tokens", max_frames=16),
         decoder=PretrainConfig(
             tokens=(str(runs / "tokens"),),
             out=runs / "decoder",
             size="emoji-9m",
-            context=1280,
+            context=1536,
+            codebook_init=True,
             dropout=0.0,
             row_tokens=1536,
-            rows_per_step=2,
+            rows_per_step=4,
             reading=ReadingConfig(question=0.3, turns=4),
-            train=TrainConfig(
-                steps=8000,
-                learning_rate=2e-3,
-                warmup_steps=200,
-                schedule="wsd",
-                decay_share=0.3,
-                weight_decay=0.1,
-                ema_decay=0.998,
-                log_every=20,
-                evaluate_every=500,
-                save_every=250,
+            train=replace(
+                _WRITING, steps=4000, optimizer="muon", learning_rate=4e-3, warmup_steps=150, decay_share=0.25
             ),
-            defaults=GenerationDefaults(height=64, width=64, num_frames=16, fps=8.0, top_k=256),
+            defaults=_DEFAULTS,
         ),
     )
 
@@ -106,18 +96,7 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
     vision = VisionTokenizerConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), codebook_size=1024)
     # A weaker pull than usual: at 0.25 two of the four latent dimensions, colour among them, were pressed flat.
     codebook = CodebookConfig(commitment=0.05)
-    loop = TrainConfig(
-        steps=3250,
-        learning_rate=2e-3,
-        warmup_steps=100,
-        schedule="wsd",
-        decay_share=0.3,
-        weight_decay=0.01,
-        ema_decay=0.998,
-        log_every=50,
-        evaluate_every=500,
-        save_every=250,
-    )
+    loop = replace(_PAINTING, steps=3250, learning_rate=2e-3)
     return Recipe(
         tokenizer=TokenizerTrainConfig(data=data, out=runs / "tokenizer", model=vision, codebook=codebook, train=loop),
         tokens=TokenizeConfig(sources=(data,), vision=runs / "tokenizer", out=runs / "tokens", max_frames=16, views=2),
@@ -131,18 +110,7 @@ def emoji_64(data: Path = DATA, runs: Path = Path("runs/emoji-64")) -> Recipe:
             # About 16 documents.
             row_tokens=3072,
             rows_per_step=2,
-            train=TrainConfig(
-                steps=2300,
-                learning_rate=2e-3,
-                warmup_steps=100,
-                schedule="wsd",
-                decay_share=0.3,
-                weight_decay=0.1,
-                ema_decay=0.995,
-                log_every=20,
-                evaluate_every=250,
-                save_every=125,
-            ),
-            defaults=GenerationDefaults(height=64, width=64, num_frames=16, fps=8.0, top_k=256),
+            train=replace(_WRITING, steps=2300, ema_decay=0.995, evaluate_every=250, save_every=125),
+            defaults=_DEFAULTS,
         ),
     )

@@ -12,6 +12,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from emulus.device import computes_in_bfloat16
 from emulus.train.config import TrainConfig
 
 _MOMENTUM = 0.95
@@ -31,8 +32,10 @@ def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config:
         config: Names the optimiser and its settings.
     """
     groups: dict[Any, list[nn.Parameter]] = {}
+    products: torch.dtype | None = None
     for name, parameter in named_parameters:
         if parameter.requires_grad:
+            products = torch.bfloat16 if computes_in_bfloat16(parameter.device, config.precision) else None
             muon = config.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name
             # A fused step takes parameters of one mesh only.
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
@@ -42,6 +45,7 @@ def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config:
             {"params": parameters, "muon": muon, "weight_decay": config.weight_decay if decays else 0.0}
             for (muon, decays, _), parameters in groups.items()
         ],
+        products=products,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

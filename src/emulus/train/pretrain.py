@@ -11,6 +11,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from emulus.bundle import Bundle
@@ -18,12 +19,12 @@ from emulus.data.loader import Loader, Mixture, ReadingConfig, held_out
 from emulus.device import computes_in_bfloat16, pick_device
 from emulus.errors import EmulusError, at_least
 from emulus.hub import fetch
-from emulus.layouts.contents import inspect_folder
+from emulus.layouts.contents import Contents, inspect_folder
 from emulus.model import Decoder, DecoderConfig, sized
 from emulus.model.attention import Backend, Row
 from emulus.model.loss import Losses
 from emulus.model.transformer import fresh
-from emulus.model.weights import expected_shapes
+from emulus.model.weights import expected_shapes, read_weight
 from emulus.parallel.context import slice_row
 from emulus.parallel.processes import Processes, running
 from emulus.parallel.spread import fill, spread, whole_tensors
@@ -39,9 +40,10 @@ from emulus.train.config import TrainConfig
 from emulus.train.flops import decoder_flops
 from emulus.train.loop import CHECKPOINTS, mix, train
 from emulus.train.objective import Evaluation, Objective, StepLoss
-from emulus.weights import Tensors, check_shapes, on_meta, read_tensor
+from emulus.weights import check_shapes, on_meta
 
 MODALITIES = ("text", "visual")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class PretrainConfig:
         out: Folder of the run.
         size: Named size of the decoder (``emulus info --sizes`` lists them).
         init: Start from this model's weights (a folder or a name on the hub); empty starts from fresh ones.
+        codebook_init: Codes that look alike begin with embeddings that are alike: random projections of their vectors
+            in the codebook, instead of random ones. Of no use with ``init``.
         context: Longest document, in ids.
         dropout: The released model's one dropout rate (embeddings, attention, residuals).
         row_tokens: Documents are packed end to end into rows of at most this many ids; a row is one forward pass.
@@ -72,6 +76,7 @@ class PretrainConfig:
     out: Path
     size: str = "tiny"
     init: str = ""
+    codebook_init: bool = False
     context: int = 2048
     dropout: float = 0.1
     row_tokens: int = 8192
@@ -151,14 +156,20 @@ class PretrainObjective(Objective[Batch, Decoder]):
         spread(model, self.processes, bfloat16=bfloat16)
         # A run that goes on needs it no more.
         begins = config.init and latest(config.out / CHECKPOINTS) is None
-        weights = stored_weights(config.init, shape, self.vocabulary) if begins else None
+        stored = stored_decoder(config.init, shape, self.vocabulary) if begins else None
 
         def make(name: str, size: torch.Size) -> Tensor:
-            if weights is not None:
-                return read_tensor(weights[name], dtype=torch.float32, device=self.device).reshape(size)
+            if stored is not None:
+                return read_weight(name, size, stored.decoder_tensors, stored.quantized, self.device)
             # Drawn by name, so that the same seed gives the same model however it is spread.
             generator = torch.Generator().manual_seed(mix(config.train.seed, zlib.crc32(name.encode())))
-            return fresh(name, size, shape, generator).to(self.device)
+            weight = fresh(name, size, shape, generator)
+            if config.codebook_init and name == EMBEDDING:
+                codebook = load_vision_tokenizer(self.mixture.folder / "vision").quantize.embedding.weight.detach()
+                first = self.vocabulary.visual_start
+                visual = weight[first : first + len(codebook)]
+                visual.copy_(like_codebook(visual, codebook, generator))
+            return weight.to(self.device)
 
         fill(model, make, self.device)
         return model
@@ -307,6 +318,21 @@ class PretrainObjective(Objective[Batch, Decoder]):
         return {"drawn": sheet}
 
 
+def like_codebook(
+    weight: Float[Tensor, "codes hidden"], codebook: Float[Tensor, "codes width"], generator: torch.Generator
+) -> Float[Tensor, "codes hidden"]:
+    """Embeddings as spread out as ``weight``, a fifth of whose variance they keep; the rest follows the codes' vectors.
+
+    Args:
+        weight: Independent random embeddings.
+        codebook: The codes' vectors, in any scale.
+        generator: Draws the projection.
+    """
+    vectors = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
+    projection = torch.randn(codebook.shape[1], weight.shape[1], generator=generator) / codebook.shape[1] ** 0.5
+    return 0.2**0.5 * weight + 0.8**0.5 * weight.std() * (vectors @ projection)
+
+
 def shape_of(config: PretrainConfig, vocabulary: Vocabulary) -> DecoderConfig:
     """The shape of the decoder that a config asks for."""
     return sized(
@@ -318,8 +344,8 @@ def shape_of(config: PretrainConfig, vocabulary: Vocabulary) -> DecoderConfig:
     )
 
 
-def stored_weights(model: str, shape: DecoderConfig, vocabulary: Vocabulary) -> Tensors:
-    """Where the weights of a decoder lie that has this shape.
+def stored_decoder(model: str, shape: DecoderConfig, vocabulary: Vocabulary) -> Contents:
+    """Find a decoder of this shape; its weights may have fewer bits, of which training makes whole ones again.
 
     Args:
         model: A folder, a run or a name on the hub, in any layout that is read.
@@ -330,8 +356,8 @@ def stored_weights(model: str, shape: DecoderConfig, vocabulary: Vocabulary) -> 
         EmulusError: There is none, or it is of another shape or vocabulary.
     """
     contents = inspect_folder(fetch(model))
-    if contents.decoder is None or contents.quantized is not None:
-        raise EmulusError(f"{model} has no decoder whose weights are whole; name another --init")
+    if contents.decoder is None:
+        raise EmulusError(f"{model} has no decoder; name another --init")
     if contents.vocabulary not in (None, vocabulary):
         raise EmulusError(
             f"{model} has another vocabulary than the tokens; make them with emulus tokenize --vocabulary {model}"
@@ -341,8 +367,8 @@ def stored_weights(model: str, shape: DecoderConfig, vocabulary: Vocabulary) -> 
             f"{each.num_hidden_layers} blocks of width {each.hidden_size}" for each in (shape, contents.decoder)
         )
         raise EmulusError(f"{model} has {other}, this run {mine} (or other heads or ids); give the same --size")
-    check_shapes(contents.folder, expected_shapes(shape), contents.decoder_tensors)
-    return contents.decoder_tensors
+    check_shapes(contents.folder, expected_shapes(shape, contents.quantized), contents.decoder_tensors)
+    return contents
 
 
 def pretrain(config: PretrainConfig) -> Path:

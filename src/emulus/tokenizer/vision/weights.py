@@ -23,16 +23,30 @@ from emulus.weights import (
     save_tensors,
 )
 
+PAINTS = ("decoder.", "post_quant_conv.")
+"""How the names of the weights begin that turn codes into pixels; the others choose the codes."""
 
-def save_vision_tokenizer(model: VisionTokenizer, folder: Path) -> None:
+
+def save_vision_tokenizer(model: VisionTokenizer, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write ``config.json`` and ``model.safetensors``.
+
+    Args:
+        model: In float32.
+        folder: Where.
+        dtype: Of the weights that paint. The others are never rounded, since that would move codes.
 
     Raises:
         EmulusError: The disk is full or the folder may not be written to, or the weights have been rounded.
     """
     if any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values()):
         raise EmulusError("a vision tokenizer in bfloat16 is for inference and not saved; load it in float32")
-    save_tensors(model.state_dict(), folder / WEIGHTS)
+    tensors = model.state_dict()
+    paints = {
+        name: tensor.to(dtype)
+        for name, tensor in tensors.items()
+        if name.startswith(PAINTS) and tensor.is_floating_point()
+    }
+    save_tensors({**tensors, **paints}, folder / WEIGHTS)
     write_json(folder / CONFIG, model.config.to_dict())
 
 
