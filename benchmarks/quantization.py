@@ -25,7 +25,7 @@ from emulus.data.tokens import TokenizedItem
 from emulus.evaluate.held_out import encode_examples
 from emulus.model import Decoder, sized
 from emulus.model.calibrate import calibrate_decoder
-from emulus.model.quantize import check_kind, quantize_decoder
+from emulus.model.quantize import check_kind, dequantize_decoder, quantize_decoder
 from emulus.sequence import Grammar, caption_first, caption_last, modalities
 from emulus.tokenizer.vocabulary import Vocabulary
 
@@ -86,7 +86,8 @@ def subject(documents: int, calibration: int, toy: bool) -> Subject:
     held_out = encode_examples(model, even(list(source.select(split="validation")), documents))
     training = encode_examples(model, even(list(source.select(split="train")), calibration))
     return Subject(
-        decoder=model.decoder,
+        # It is stored in int8.
+        decoder=dequantize_decoder(model.decoder),
         vocabulary=grammar.vocabulary,
         held_out=_documents(grammar, [example.tokenized for example in held_out]),
         training=_documents(grammar, [example.tokenized for example in training]),

@@ -19,6 +19,7 @@ from emulus.kernels import native
 from emulus.model import Decoder, load_config, load_decoder, save_decoder, sized
 from emulus.model.linear import GROUP, Quantization, QuantizedLinear
 from emulus.model.quantize import (
+    dequantize_decoder,
     is_quantized,
     put_rows,
     quantization_of,
@@ -179,6 +180,20 @@ def test_a_decoder_quantised_in_memory_shares_the_rest(folder: Path, kind: Quant
     assert not is_quantized(plain)
     with pytest.raises(EmulusError, match="quantised already"):
         quantize_decoder(small, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_again(folder: Path, kind: Quantization) -> None:
+    small = quantize_decoder(load_decoder(folder), kind)
+    whole = dequantize_decoder(small)
+    assert not is_quantized(whole)
+    assert is_quantized(small)
+    assert whole.model.embed_tokens.weight is small.model.embed_tokens.weight
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(whole(ids), small(ids), atol=1e-2, rtol=1e-2)
+    # What is on the grid of the few bits stays there.
+    again = quantize_decoder(whole, kind)
+    torch.testing.assert_close(again(ids), small(ids), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

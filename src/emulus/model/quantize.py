@@ -82,6 +82,24 @@ def quantize_decoder(decoder: Decoder, kind: Quantization) -> Decoder:
     return copy
 
 
+@torch.no_grad()
+def dequantize_decoder(decoder: Decoder) -> Decoder:
+    """Make a copy whose matrices are whole again, in eval mode and the type of what was never quantised.
+
+    Args:
+        decoder: It is left as it is; what is not quantised is shared.
+    """
+    copy = on_meta(lambda: Decoder(decoder.config))
+    dtype = decoder.model.embed_tokens.weight.dtype
+    for name, module in decoder.named_modules():
+        if isinstance(module, QuantizedLinear):
+            copy.get_submodule(name).weight = nn.Parameter(module.dequantize().to(dtype))
+    for name, parameter in decoder.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        setattr(copy.get_submodule(path), leaf, parameter)
+    return copy.eval()
+
+
 def shared_copy(decoder: Decoder) -> Decoder:
     """Make a decoder of the same tensors, in eval mode: its layers can be replaced, and the original stays.
 
