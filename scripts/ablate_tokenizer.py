@@ -37,8 +37,8 @@ from emulus.train.tokenizer import TokenizerTrainConfig, train_tokenizer
 Changes = Mapping[str, Any]
 
 PERCEPTUAL: Changes = {"reconstruction": {"perceptual": 0.05}}
-ADVERSARIAL: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.004, "lecam": 0.0}}
-EVERYTHING: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.004, "lecam": 0.01}}
+ADVERSARIAL: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.02, "start_share": 0.1, "lecam": 0.0}}
+EVERYTHING: Changes = {**PERCEPTUAL, "adversarial": {"weight": 0.02, "start_share": 0.1, "lecam": 0.01}}
 
 LOSSES: dict[str, Changes] = {
     "l2": {},
