@@ -38,17 +38,17 @@ def emoji(data: Path = DATA, more: Path = MORE_DATA, runs: Path = Path("runs/emo
     moves. The decoder learns from four versions of every emoji (background, size, place, mirrored) and from the skin
     tones, which ``emulus data`` makes.
 
-    Hardware: two CPU cores with bfloat16 instructions. Time: {{TOKTIME}} hours for the tokenizer (7,000 steps, 36
-    frames each), 10 minutes to encode the data, {{DECTIME}} hours for the decoder (2,700 steps of 5,900 ids, 16 M ids,
-    less than two readings of the data). Every stage resumes.
+    Hardware: two CPU cores with bfloat16 instructions. Time: 2.7 hours for the tokenizer (7,000 steps, 36 frames each),
+    10 minutes to encode the data, 1.5 hours for the decoder (2,700 steps of 5,900 ids, 16 M ids, less than two readings
+    of the data). Every stage resumes. The decoder's 9e14 operations are seconds of a large GPU's peak: with
+    ``--train.steps`` raised a hundredfold, its half hour is the better place; none was measured.
 
-    Expected on held-out code points: pictures at 26.4 dB, clips at 25.1 dB, 95 % of the codes in use; {{BITS}} bits
-    per visual id. LOG.md says which settings changed while the checkpoint that these figures are of was trained, and
-    what more training is expected to bring: with ``--train.steps`` raised, a GPU goes further in minutes.
+    Expected on held-out code points: pictures at 26.4 dB, clips at 25.1 dB, 95 % of the codes in use; 4.30 bits
+    per visual id. LOG.md says which settings changed while the checkpoint that these figures are of was trained.
 
     Commands: ``emulus tokenizer-train emoji``, ``emulus data emoji --skin-tones --versions 4 --clip-versions 2 --out
-    data/emoji-more``, ``emulus tokenize emoji``, ``emulus pretrain emoji`` (``torchrun --nproc-per-node 2 -m emulus
-    pretrain emoji`` uses two cores better).
+    data/emoji-more``, ``emulus tokenize emoji``, ``emulus pretrain emoji`` (two processes
+    made the shipped one: ``torchrun --nproc-per-node 2 -m emulus pretrain emoji``).
     """
     vision = VisionTokenizerConfig(
         ch=32,
