@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emulus.data.loader import CAPTION_LAST, QUESTION, Mixture, Planner, ReadingConfig
+from emulus.data.loader import CAPTION_LAST, QUESTION, Documents, Mixture, Planner, Reader, ReadingConfig
 from emulus.recipes import recipe
+from emulus.sequence.packing import pack
 from emulus.train.pretrain import PretrainConfig, PretrainObjective, pretrain
 
 PLACES = 4096  # of the endless line of documents, by which a task's share of the ids is counted
@@ -75,6 +76,14 @@ def shares(config: PretrainConfig) -> dict[str, float]:
     return {name: float(documents.lengths[names == name].sum() / total) for name in np.unique(names)}
 
 
+def held_out_documents(config: PretrainConfig) -> tuple[Mixture, Documents]:
+    """The validation split, and as many documents of it as are asked for, made as the config's reading says."""
+    held = Mixture.open(config.tokens).of_split("validation")
+    count = config.evaluation_documents
+    planner = Planner(held, config.reading, seed=0, row_tokens=config.row_tokens, window=count)
+    return held, planner.documents(np.arange(count))
+
+
 def measure(config: PretrainConfig, model: Path, task: Task) -> float:
     """Bits per id of a task's held-out documents."""
     asked = dataclasses.replace(
@@ -86,6 +95,10 @@ def measure(config: PretrainConfig, model: Path, task: Task) -> float:
         evaluation_pictures=0,
     )
     objective = PretrainObjective(asked)
+    held, documents = held_out_documents(asked)
+    reader = Reader(held, task.reading.visual_weight)
+    # A run's own evaluation has documents of both orders and no questions.
+    objective.held_out = [reader.row(documents, row) for row in pack(documents.lengths.tolist(), asked.row_tokens)]
     with torch.no_grad():
         return objective.evaluate(objective.model.eval()).metrics[task.figure]
 
