@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from emulus.cli import VERBS, main
@@ -45,6 +46,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["pretrain"], "name a recipe"),
         (["data", "emojy"], "did you mean 'emoji'"),
         (["info", "nowhere/at/all"], "no folder nowhere/at/all"),
+        (["info", "emojy"], "'emojy' is neither a folder nor a recipe"),
         (["generate"], "needs a prompt"),
         (["info", __file__], "is a file"),
         (["pretrain", "demo-tiny", "--config", "."], "cannot be read"),
@@ -107,8 +109,7 @@ def test_a_broken_film_says_so(model: Path, tmp_path: Path, capsys: pytest.Captu
     for verb in ("continue", "describe"):
         assert main([verb, str(film), "--model", str(model)]) == 1
         error = capsys.readouterr().err
-        assert "film.mp4" in error
-        assert "picture" not in error
+        assert "film.mp4 is neither a picture nor a clip" in error
 
 
 def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +125,9 @@ def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["vocabulary"]["visual"][1] - found["vocabulary"]["visual"][0] == 64
     assert found["tasks"] == ["draw", "animate", "continue", "caption", "answer"]
     assert main(["info", "emoji-64"]) == 0
+    about = yaml.safe_load(capsys.readouterr().out)["about"]
+    assert about.startswith("Pictures in four styles")
+    assert "Commands:" in about
     assert main(["info", "--sizes"]) == 0
     assert "emu3-8b" in capsys.readouterr().out
 

@@ -76,6 +76,7 @@ def test_a_question_is_answered_as_in_python(
         (["ask"], "needs a file and a question"),
         (["ask", "--seed", "1"], "needs a file and a question"),
         (["ask", "a.png"], "the question is missing after a.png"),
+        (["ask", "a.png", " "], "the question is empty"),
         (["ask", "what is it?", "a.png"], "the question is missing after a.png"),
         (["ask", "what is it?"], "there is no file what is it?"),
         (["ask", "a.png", "what", "is", "it?"], "there is no file what; first the files, then the question in quotes"),

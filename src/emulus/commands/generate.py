@@ -284,6 +284,8 @@ def _files_and_question(words: Sequence[str]) -> tuple[list[Path], str]:
     """What is shown, and what is asked about it."""
     files, question = [Path(word) for word in words[:-1]], words[-1]
     usage = 'first the files, then the question in quotes: emulus ask picture.png "what is it?"'
+    if not question.strip():
+        raise EmulusError(f"the question is empty; {usage}")
     if _exists(question):
         raise EmulusError(f"the question is missing after {question}; {usage}")
     if not files:

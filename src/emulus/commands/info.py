@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 from collections import Counter
@@ -16,6 +17,7 @@ import yaml
 
 from emulus.config import to_dict
 from emulus.data.tokens import SETTINGS, Tokens
+from emulus.errors import EmulusError, did_you_mean
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder
 from emulus.model import SIZES
@@ -50,7 +52,10 @@ def info(arguments: Sequence[str]) -> None:
     if options.sizes:
         found: dict[str, Any] = {"sizes": {name: dict(size) for name, size in SIZES.items()}, "recipes": list(RECIPES)}
     elif options.path in RECIPES:
-        found = to_dict(recipe(options.path))
+        about = {"about": f"{inspect.getdoc(RECIPES[options.path])}\n"}
+        found = about | to_dict(recipe(options.path))
+    elif "/" not in options.path and not Path(options.path).exists():
+        raise EmulusError(f"{options.path!r} is neither a folder nor a recipe{did_you_mean(options.path, RECIPES)}")
     elif (Path(options.path) / SETTINGS).exists():
         found = describe_tokens(Tokens.open(Path(options.path)), check=options.check)
     else:
@@ -58,8 +63,18 @@ def info(arguments: Sequence[str]) -> None:
     print(
         json.dumps(found, indent=1)
         if options.json
-        else yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip()
+        else yaml.dump(found, Dumper=_Dumper, sort_keys=False, allow_unicode=True).rstrip()
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines as it is, not in quotes."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 def describe_tokens(tokens: Tokens, *, check: bool) -> dict[str, Any]:

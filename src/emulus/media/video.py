@@ -396,8 +396,8 @@ def _open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
         return av.open(file, "r", options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace")
     except Exception as error:
         raise EmulusError(
-            f"{name} is not a clip that can be read: it is corrupt, truncated or of an unknown format; "
-            "convert it to MP4 or WebM, or restore it from its source"
+            f"{name} is neither a picture nor a clip that can be read: it is corrupt, truncated or of an unknown "
+            "format; convert it to PNG, JPEG, WebP, MP4 or WebM, or restore it from its source"
         ) from error
 
 
