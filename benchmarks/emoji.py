@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.weights import save_vision_tokenizer
 

@@ -26,7 +26,8 @@ from benchmarks.harness import Case, Options, case, interleave_measured, main, r
 from emulus.bundle import Bundle, save_bundle
 from emulus.data.media_dataset import decode_item, to_pixels, whole_codes
 from emulus.data.source import Item, Kind, even, open_source
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.data.tokens import Tokens
 from emulus.model import Decoder, sized
 from emulus.tokenizer.text import TextTokenizer

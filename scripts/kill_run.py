@@ -28,7 +28,8 @@ from pathlib import Path
 import PIL.Image
 import torch
 
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.errors import EmulusError
 from emulus.parallel.config import ParallelConfig
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig

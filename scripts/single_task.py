@@ -115,7 +115,8 @@ def single_task(config: PretrainConfig, names: Sequence[str]) -> list[dict[str, 
         model for everything is better).
     """
     everything = pretrain(dataclasses.replace(config, out=config.out / "everything"))
-    part_of, rows = shares(config), []
+    part_of = shares(config)
+    rows: list[dict[str, float | str]] = []
     for name in names:
         task = tasks_of(config.reading)[name]
         steps = max(round(config.train.steps * part_of[name]), 1)

@@ -13,7 +13,7 @@ from emulus.media import generation_size
 from emulus.sequence import EMU3, EMU3_5, EMU3_BASE, NATIVE, SequenceLayout, Wording
 
 if TYPE_CHECKING:
-    from emulus.layouts import Contents
+    from emulus.layouts.contents import Contents
 
 RELEASED_NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "

@@ -13,7 +13,8 @@ import torch
 from emulus.bundle import Bundle, load_bundle, save_bundle
 from emulus.cli import main
 from emulus.commands.quantize import quantize_folder
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.data.tokens import Tokens, vision_digest
 from emulus.errors import EmulusError
 from emulus.layouts import convert, inspect_folder

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from emulus.commands.info import info
 from emulus.data.records import Shard, lengths_path, shard_name
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.data.tokens import SETTINGS, Tokens, vision_digest
 from emulus.errors import EmulusError
 from emulus.pipeline import Emulus

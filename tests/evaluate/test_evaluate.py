@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from emulus.data.source import open_source
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.dual import DualConfig, DualEncoder
 from emulus.errors import EmulusError
 from emulus.evaluate import EvaluateConfig, Gallery, GalleryCounts, Section, encode_examples, evaluate, galleries

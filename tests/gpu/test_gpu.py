@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import emulus
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.parallel.config import ParallelConfig
 from emulus.pipeline import Emulus
 from emulus.tokenizer.vision import VisionTokenizerConfig

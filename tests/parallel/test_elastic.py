@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import emulus
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.errors import EmulusError
 from emulus.model import Decoder, sized
 from emulus.parallel.config import ParallelConfig

@@ -18,13 +18,12 @@ from emulus.errors import EmulusError
 from emulus.files import write_json
 from emulus.model.config import sized
 from emulus.scaling.fit import Law
+from emulus.scaling.ladder import Planned, ScalingConfig
 from emulus.scaling.rate import counted_parameters, rate_at_width
 from emulus.scaling.run import (
     PAGE_FILE,
     SCALING_FILE,
     HeldOut,
-    Planned,
-    ScalingConfig,
     analyse,
     held_out_ids,
     measured,

@@ -17,7 +17,8 @@ import torch
 import emulus
 from emulus.commands.quantize import quantize_folder
 from emulus.config import write_yaml
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.errors import EmulusError
 from emulus.model.linear import Quantization, QuantizedLinear
 from emulus.pipeline import Emulus

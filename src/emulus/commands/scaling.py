@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from emulus.commands.train import take_recipe
 from emulus.config import from_flags
-from emulus.scaling.run import ScalingConfig, run_scaling
+from emulus.scaling.ladder import ScalingConfig
+from emulus.scaling.run import run_scaling
 
 
 def scaling(arguments: Sequence[str]) -> None:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import tyro
 
 from emulus.config import from_flags
-from emulus.data.tokenize import TokenizeConfig
 from emulus.data.tokenize import tokenize as run_tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.errors import EmulusError, did_you_mean
 from emulus.recipes import RECIPES, Recipe, recipe
 from emulus.train.plan import describe_plan

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from emulus.data.item import Item, Kind, Question, Split
 from emulus.data.media_dataset import decode_item, shifted, to_pixels, whole_codes
 from emulus.data.records import Ids32, Record, Role, ShardLine, Skipped, Span, shard_name, write_shard
 from emulus.data.tables import plain_name
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.errors import EmulusError
 from emulus.sequence import Grammar, Image, Text, Video
 from emulus.sequence.templates import question_answer
@@ -23,9 +24,6 @@ from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from emulus.data.tokenize import TokenizeConfig
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -8,18 +8,16 @@ import os
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from emulus.data.encoder import Encoder, Unit
 from emulus.data.records import ShardLine, Skipped
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.device import pick_device
 from emulus.errors import EmulusError
 from emulus.tokenizer.vision import VisionTokenizer
-
-if TYPE_CHECKING:
-    from emulus.data.tokenize import TokenizeConfig
 
 _DIED = "a worker process died, perhaps for want of memory; run the same command again, with fewer --workers"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from emulus.data.source import Item, Source, even, open_source
-from emulus.data.tokenize import TokenizeConfig, tokenize
+from emulus.data.tokenize import tokenize
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.data.tokens import TokenizedItem, Tokens, vision_digest
 from emulus.dual import DualEncoder
 from emulus.errors import EmulusError, at_least

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from emulus.data.tokenize import TokenizeConfig
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.presets import GenerationDefaults
 from emulus.recipes.emoji import DATA
 from emulus.recipes.recipe import Recipe

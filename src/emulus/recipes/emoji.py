@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from emulus.data.loader import ReadingConfig
-from emulus.data.tokenize import TokenizeConfig
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.presets import GenerationDefaults
 from emulus.recipes.recipe import Recipe
 from emulus.tokenizer.vision import VisionTokenizerConfig

@@ -16,7 +16,7 @@ import dataclasses
 from pathlib import Path
 
 from emulus.data.loader import ReadingConfig
-from emulus.data.tokenize import TokenizeConfig
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.parallel.config import ParallelConfig
 from emulus.presets import GenerationDefaults
 from emulus.recipes.recipe import Recipe

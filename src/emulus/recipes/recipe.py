@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emulus.data.tokenize import TokenizeConfig
+from emulus.data.tokenize_config import TokenizeConfig
 from emulus.train.pretrain import PretrainConfig
 from emulus.train.tokenizer import TokenizerTrainConfig
 

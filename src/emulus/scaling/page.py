@@ -9,7 +9,7 @@ from pathlib import Path
 from emulus.evaluate.charts import Chart, Line
 from emulus.evaluate.report import Block, Curves, Figure, Figures, Report, Section, write_report
 from emulus.scaling.fit import Fit, Interval
-from emulus.scaling.run import ALL, Findings, Foretold, Measured, ScalingConfig
+from emulus.scaling.ladder import ALL, Findings, Foretold, Measured, ScalingConfig
 
 _MILLION = 1e6
 _POINTS = 60
