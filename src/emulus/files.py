@@ -57,7 +57,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # Some writers (safetensors) give their files to their owner alone, whatever the umask says.
+            temporary.touch()
+            mode = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(mode)
             fsync(temporary)
             os.replace(temporary, path)
         finally:
