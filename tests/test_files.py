@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from emulus.errors import EmulusError
 from emulus.files import write_file, write_text
 
 
@@ -17,6 +18,12 @@ def test_every_writer_makes_files_that_others_may_read(tmp_path: Path) -> None:
     write_text(tmp_path / "text.json", "{}")
     write_file(tmp_path / "weights.safetensors", lambda path: save_file({"a": torch.zeros(1)}, path))
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_writer_that_writes_nothing_is_found_out(tmp_path: Path) -> None:
+    with pytest.raises(EmulusError, match="could not write"):
+        write_file(tmp_path / "file.txt", lambda temporary: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_whole_does_not_appear(tmp_path: Path) -> None:

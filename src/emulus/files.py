@@ -60,6 +60,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             # Some writers (safetensors) give their files to their owner alone, whatever the umask says.
             temporary.touch()
             mode = temporary.stat().st_mode
+            temporary.unlink()
             write(temporary)
             temporary.chmod(mode)
             fsync(temporary)
