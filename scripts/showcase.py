@@ -83,7 +83,9 @@ def main() -> None:
     pictures, clips = chosen(model, source, "image", PICTURES), chosen(model, source, "video", CLIPS)
     sheets = {
         "reconstructions": Sheet(media=("original", "from codes"), columns=reconstructed(model, pictures)),
-        "drawn": Sheet(media=(*(f"seed {seed}" for seed in SEEDS), "true"), columns=drawn(model, pictures)),
+        "drawn": Sheet(
+            media=(*(f"seed {seed}" for seed in SEEDS), "background named", "true"), columns=drawn(model, pictures)
+        ),
         "animated": Sheet(media=("seed 0", "true"), columns=animated(model, clips)),
         "continued": Sheet(media=("continued", "true"), columns=continued(model, clips)),
         "answers": answered(model, pictures),
@@ -106,11 +108,17 @@ def reconstructed(model: Emulus, examples: Sequence[Example]) -> list[Column]:
 
 
 def drawn(model: Emulus, examples: Sequence[Example]) -> list[Column]:
-    """Pictures from captions alone, one for each seed, above the true one."""
+    """Pictures from captions alone, one for each seed and one that is told the background, above the true one."""
     prompts = [example.caption for example in examples]
     made = [model.generate_images(prompts, seed=seed) for seed in SEEDS]
+    made.append(model.generate_images([with_background(example) for example in examples], seed=SEEDS[0]))
     columns = zip(examples, *made, strict=True)
     return [Column(media=(*tries, example.original), words=caption(example)) for example, *tries in columns]
+
+
+def with_background(example: Example) -> str:
+    """The caption that names the background, if one does."""
+    return next((words for words in example.item.captions if " background" in words), example.caption)
 
 
 def animated(model: Emulus, examples: Sequence[Example]) -> list[Column]:
