@@ -96,7 +96,7 @@ def measure(config: PretrainConfig, model: Path, task: Task) -> float:
     )
     objective = PretrainObjective(asked)
     held, documents = held_out_documents(asked)
-    reader = Reader(held, task.reading.visual_weight)
+    reader = Reader(held, task.reading)
     # A run's own evaluation has documents of both orders and no questions.
     objective.held_out = [reader.row(documents, row) for row in pack(documents.lengths.tolist(), asked.row_tokens)]
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections.abc import Generator
@@ -23,7 +24,7 @@ from emulus.errors import EmulusError
 from emulus.media import Clip
 from emulus.options import EngineOptions
 from emulus.pipeline import Emulus, _stripped
-from emulus.sequence import Image, Video, templates
+from emulus.sequence import Image, Video, caption_last, templates
 
 SCHEDULES = [Sequential(), Jacobi(window=6), Jacobi(), Zipar(window=1)]
 
@@ -39,6 +40,39 @@ def test_a_picture_depends_on_its_seed_alone(tiny: Emulus) -> None:
     among = tiny.generate_images(["a blue bird", "a red apple"], seed=2, num_images_per_prompt=2)
     assert among[3].tobytes() == alone.tobytes()
     assert among[2].tobytes() != alone.tobytes()
+
+
+def test_of_several_pictures_the_one_is_kept_that_the_model_would_caption_so(tiny: Emulus) -> None:
+    prompts = ["a red apple", "a blue bird"]
+    (apple, other_apple, bird, _) = tiny.generate_images(prompts, seed=5, num_images_per_prompt=2, best_of=3)
+    for prompt, seed, kept in ((prompts[0], 5, apple), (prompts[0], 6, other_apple), (prompts[1], 5, bird)):
+        tries = [tiny.generate_image(prompt, seed=seed + 2**32 * number) for number in range(3)]
+        assert len({each.tobytes() for each in tries}) == 3
+        likely = [own_caption_score(tiny, prompt, seed + 2**32 * number) for number in range(3)]
+        assert kept.tobytes() == tries[int(np.argmax(likely))].tobytes()
+        # The seed that is recorded makes the picture again, by itself.
+        again = tiny.generate_image(prompt, seed=json.loads(kept.info["emulus"])["seed"])
+        assert again.tobytes() == kept.tobytes()
+
+
+def own_caption_score(model: Emulus, prompt: str, seed: int) -> float:
+    """Logarithm of the probability of the prompt as a caption of what is drawn for it, by one plain forward pass."""
+    request = model._request(model._drawing(prompt, None, None, None, None, None), seed)
+    (whole,) = model._finish([request])
+    ids = model.grammar.build(caption_last(model._medium(whole), prompt))
+    start = len(templates.caption(model.grammar, model._medium(whole)).ids)
+    with torch.no_grad():
+        logs = model.decoder(torch.tensor([ids]))[0].log_softmax(-1)
+    return sum(float(logs[place - 1, ids[place]]) for place in range(start, len(ids)))
+
+
+def test_a_model_may_choose_among_several_by_default(tiny: Emulus) -> None:
+    defaults = dataclasses.replace(tiny.defaults, best_of=3)
+    choosy = Emulus(dataclasses.replace(tiny.bundle, defaults=defaults))
+    assert choosy.generate_image("a cat", seed=2).tobytes() == tiny.generate_image("a cat", seed=2, best_of=3).tobytes()
+    assert choosy.generate_image("a cat", seed=2, best_of=1).tobytes() == tiny.generate_image("a cat", seed=2).tobytes()
+    with pytest.raises(EmulusError, match="best_of must be at least 1"):
+        tiny.generate_image("a cat", best_of=0)
 
 
 def test_sizes(tiny: Emulus) -> None:

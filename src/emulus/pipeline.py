@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from PIL import Image as PILImage
@@ -22,6 +23,7 @@ from emulus import __version__
 from emulus.bundle import Bundle, load_bundle
 from emulus.engine import Engine, Frame, Request, Result, Row, Schedule, TextPiece, Token
 from emulus.engine.runner import Runner
+from emulus.engine.scores import score
 from emulus.errors import EmulusError, at_least
 from emulus.log import progress_bar
 from emulus.media import Clip, pixels_to_clip, pixels_to_image
@@ -32,6 +34,8 @@ from emulus.sequence import Image, Video, templates
 
 # What decides a picture; the rest of the sampling settings are of words.
 _OF_PICTURES = ("seed", "temperature", "top_k", "top_p", "guidance_scale")
+_FAR = 2**32
+"""Between the seeds of pictures of which one is kept."""
 
 
 def load(
@@ -152,6 +156,7 @@ class Emulus(Prompter):
         image_area: int | None = None,
         seed: int = 0,
         num_images_per_prompt: int = 1,
+        best_of: int | None = None,
         **sampling: Any,
     ) -> list[PILImage.Image]:
         """Draw pictures, all in one batch; each is what it would be by itself.
@@ -165,6 +170,8 @@ class Emulus(Prompter):
             image_area: Pixels of a picture of this ratio; the model's own by default.
             seed: Picture ``i`` of a prompt has seed ``seed + i``.
             num_images_per_prompt: How many pictures of each prompt, which follow one another in the result.
+            best_of: How many are drawn for each of these, of which the one is kept whose caption the model itself would
+                most likely find the prompt to be; the model's own by default, 1 draws no others.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale``.
 
         Returns:
@@ -175,7 +182,10 @@ class Emulus(Prompter):
             EmulusError: An empty prompt, a size that does not fit the model, or a value out of range.
         """
         self._expect("draw", prompts)
-        at_least(1, num_images_per_prompt=num_images_per_prompt)
+        tries = self.defaults.best_of if best_of is None else best_of
+        at_least(1, num_images_per_prompt=num_images_per_prompt, best_of=tries)
+        if tries > 1:
+            self._expect("caption")
         _ = self.vision  # where it is missing, before hours of drawing
         ratios = [ratio] * len(prompts) if ratio is None or isinstance(ratio, str) else list(ratio)
         if len(ratios) != len(prompts):
@@ -184,11 +194,28 @@ class Emulus(Prompter):
         for prompt, shape in zip(prompts, ratios, strict=True):
             drawn = self._drawing(prompt, negative_prompt, height, width, shape, image_area)
             for number in range(num_images_per_prompt):
-                requests.append(self._request(drawn, seed + number, **sampling))
+                # Far from the seeds of other pictures, which would otherwise choose among the same ones.
+                requests += [self._request(drawn, seed + number + _FAR * other, **sampling) for other in range(tries)]
                 notes.append(self._note(prompt, negative_prompt))
         media = [self._medium(ids) for ids in self._finish(requests)]
-        pictures = (pixels_to_image(self._paint(medium.codes[None])[0]) for medium in media)
-        return [self._recorded(*each) for each in zip(pictures, requests, notes, strict=True)]
+        kept = [
+            start + self._best(note["prompt"], media[start : start + tries])
+            for start, note in zip(range(0, len(media), tries), notes, strict=True)
+        ]
+        return [
+            self._recorded(pixels_to_image(self._paint(media[place].codes[None])[0]), requests[place], note)
+            for place, note in zip(kept, notes, strict=True)
+        ]
+
+    def _best(self, prompt: str, media: Sequence[Image | Video]) -> int:
+        """Which picture the prompt is likeliest to be the caption of."""
+        if len(media) == 1:
+            return 0
+        wording = self.preset.wording
+        documents = [templates.captioned(self.grammar, medium, prompt, wording=wording) for medium in media]
+        words = [np.arange(len(ids)) >= start for ids, start in documents]
+        scores = score(self.decoder, [np.array(ids) for ids, _ in documents], words, what="looking at them")
+        return int(np.argmax([each.sum() for each in scores]))
 
     def stream_image(
         self,

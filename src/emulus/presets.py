@@ -35,6 +35,8 @@ class GenerationDefaults:
         fps: Of clips.
         negative_prompt: What guidance leads away from; empty is "nothing in particular".
         guidance_scale: Strength of guidance when drawing and animating.
+        best_of: Pictures drawn for each that is asked for, of which the model keeps the one that it would most likely
+            give the prompt as a caption.
         temperature: Of visual ids.
         top_k: Of visual ids.
         top_p: Of visual ids.
@@ -51,6 +53,7 @@ class GenerationDefaults:
     fps: float = 8.0
     negative_prompt: str = ""
     guidance_scale: float = 3.0
+    best_of: int = 1
     temperature: float = 1.0
     top_k: int = 2048
     top_p: float = 1.0
@@ -61,7 +64,7 @@ class GenerationDefaults:
 
     def __post_init__(self) -> None:
         at_least(1, height=self.height, width=self.width, num_frames=self.num_frames)
-        at_least(1, max_text_tokens=self.max_text_tokens)
+        at_least(1, max_text_tokens=self.max_text_tokens, best_of=self.best_of)
         at_least(0, min_pixels=self.min_pixels)
         at_least(self.min_pixels, max_pixels=self.max_pixels)
 

@@ -107,7 +107,7 @@ def planner_of(mixture: Mixture, seed: int = 3, **reading: float) -> Planner:
 
 def test_documents_are_what_the_grammar_builds(mixture: Mixture) -> None:
     documents = planner_of(mixture, question=0.5, null_caption=0.3).documents(np.arange(400))
-    reader = Reader(mixture, 0.5)
+    reader = Reader(mixture, ReadingConfig())
     seen = Counter[int]()
     for number in range(400):
         thing = thing_at(mixture, int(documents.source[number]), int(documents.record[number]))
@@ -137,7 +137,7 @@ def expected(thing: Thing, task: int, span: int) -> Document:
 
 def test_only_the_question_is_not_learned(mixture: Mixture) -> None:
     documents = planner_of(mixture, question=1).documents(np.arange(60))
-    reader = Reader(mixture, 0.25)
+    reader = Reader(mixture, ReadingConfig(visual_weight=0.25, answer_weight=3))
     for number in np.flatnonzero(documents.task == QUESTION).tolist():
         batch = reader.row(documents, [number])
         thing = thing_at(mixture, int(documents.source[number]), int(documents.record[number]))
@@ -145,7 +145,11 @@ def test_only_the_question_is_not_learned(mixture: Mixture) -> None:
         asked = GRAMMAR.text.encode(f"Question: {thing.questions[pair][0]}\nAnswer:")
         unlearned = batch.targets[batch.loss_weights == 0].tolist()
         assert unlearned == [*asked, GRAMMAR.vocabulary.pad]
-        assert set(batch.loss_weights.tolist()) == {0, 0.25, 1}
+        answer = [*GRAMMAR.text.encode(f" {thing.questions[pair][1]}"), GRAMMAR.vocabulary.eos]
+        weights = batch.loss_weights[-len(answer) - 1 :].tolist()
+        assert batch.targets[-len(answer) - 1 : -1].tolist() == answer
+        assert weights == [3] * (len(answer) - 1) + [1, 0]
+        assert set(batch.loss_weights.tolist()) == {0, 0.25, 1, 3}
 
 
 @given(st.integers(1, 8), st.integers(0, 5), st.integers(60, ROW))
@@ -153,7 +157,7 @@ def test_only_the_question_is_not_learned(mixture: Mixture) -> None:
 def test_conversations_are_what_the_grammar_builds(talks: Mixture, turns: int, seed: int, row: int) -> None:
     reading = ReadingConfig(question=1, turns=turns)
     documents = Planner(talks, reading, seed=seed, row_tokens=row, window=32).documents(np.arange(28))
-    reader = Reader(talks, 0.5)
+    reader = Reader(talks, ReadingConfig())
     for number in np.flatnonzero(documents.task == QUESTION).tolist():
         thing = thing_at(talks, 0, int(documents.record[number]))
         assert thing.media is not None

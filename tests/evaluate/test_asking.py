@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from emulus.engine.scores import score
 from emulus.evaluate.asking import Shown
-from emulus.evaluate.scores import score
 from emulus.pipeline import Emulus
 from emulus.sequence import Image as Codes
 from emulus.sequence import Video, templates

@@ -29,7 +29,14 @@ def test_nothing_measured() -> None:
 
 def test_values_are_those_of_the_figures() -> None:
     ranks = Ranks.of([1, 1, 9, 9, 9])
-    choice = Choice(candidates=16, chance=1 / 16, groups=1, caption_raw=ranks, caption_pmi=Ranks.of([1, 1, 1, 5]))
+    choice = Choice(
+        candidates=16,
+        chance=1 / 16,
+        groups=1,
+        caption_raw=ranks,
+        caption_pmi=Ranks.of([1, 1, 1, 5]),
+        picture_by_words=ranks,
+    )
     style = Answered(
         question="which style?", exact=Accuracy.of(97, 100), majority=Accuracy.of(1, 100), majority_answer="flat"
     )
@@ -38,7 +45,8 @@ def test_values_are_those_of_the_figures() -> None:
     found = {bar.name: bar for bar in bars(size=64, same_style=choice, answers=answers)}
     assert found["A picture's caption found"].value == 0.75
     assert found["A picture's caption found"].reached == "aim"
-    assert found["A caption's picture found"].reached == "not measured"
+    assert (found["A caption's picture found"].value, found["A caption's picture found"].reached) == (0.4, "least")
+    assert found["The same by the pictures' likelihoods"].reached == "not measured"
     assert (found['"Which style?" answered right'].value, found['"Which style?" answered right'].reached) == (
         0.97,
         "least",

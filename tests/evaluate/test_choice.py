@@ -58,7 +58,8 @@ def test_a_model_that_knows_picks_right(model: Emulus, learned: Decoder) -> None
     found = choose(learned, model.grammar, make_groups(items(), size=8, count=1))
     assert found is not None
     assert (found.candidates, found.groups, found.chance) == (8, 1, 1 / 8)
-    for ranks in (found.picture_raw, found.picture_pmi, found.caption_raw, found.caption_pmi):
+    of_pictures = (found.picture_raw, found.picture_pmi, found.picture_by_words, found.picture_both)
+    for ranks in (*of_pictures, found.caption_raw, found.caption_pmi, found.caption_both):
         assert ranks is not None
         assert (ranks.top1.right, ranks.top1.asked, ranks.median) == (8, 8, 1)
 
@@ -78,6 +79,18 @@ def test_a_model_that_prefers_one_picture_is_right_once(model: Emulus, learned: 
     assert found.picture_pmi is not None
     assert found.picture_pmi.top1.right == found.caption_raw.top1.right == 2
     assert found.picture_pmi.top10.right == 8
+
+
+def test_both_sides_add_up(model: Emulus, learned: Decoder) -> None:
+    group = items()[:5]
+    words, words_alone = caption_scores(learned, model.grammar, group)
+    codes, codes_alone = picture_scores(learned, model.grammar, group)
+    by_picture = (words - words_alone) + (codes - codes_alone).T
+    found = choose(learned, model.grammar, [group])
+    assert found is not None
+    assert found.caption_both == Ranks.of(ranks_of(by_picture))
+    assert found.picture_both == Ranks.of(ranks_of(by_picture.T))
+    assert found.picture_by_words == Ranks.of(ranks_of(words.T))
 
 
 def test_mutual_information_subtracts_the_score_without_a_caption(model: Emulus, learned: Decoder) -> None:
@@ -127,6 +140,8 @@ def test_only_captions(model: Emulus, learned: Decoder) -> None:
     assert found is not None
     assert both is not None
     assert found.picture_pmi is found.picture_raw is found.caption_neighbour is None
+    assert found.picture_both is found.caption_both is None
+    assert found.picture_by_words == both.picture_by_words
     assert (found.caption_raw, found.caption_pmi) == (both.caption_raw, both.caption_pmi)
 
 

@@ -1,4 +1,4 @@
-"""Scores against plain forward passes; bits per id of what can and cannot be known."""
+"""Bits per id of what can and cannot be known."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from emulus.data.tokens import TokenizedItem
+from emulus.engine.scores import score_endings
 from emulus.errors import EmulusError
 from emulus.evaluate.likelihood import BitsPerId, Likelihood, likelihood, training_ids
-from emulus.evaluate.scores import score, score_endings
 from emulus.pipeline import Emulus
 from emulus.sequence import Document, Image, Text, Video, caption_first, caption_last, modalities
 
@@ -31,40 +31,6 @@ def test_modalities_leave_out_what_the_grammar_writes(model: Emulus) -> None:
     both = np.concatenate([ids, ids])
     assert (both[masks["visual"]] - start).tolist() == item.media.codes.flatten().tolist() * 2
     assert both[masks["text"]].tolist() == model.text.encode("a red disc") * 2
-
-
-def test_scores_are_those_of_a_plain_forward_pass(model: Emulus) -> None:
-    draw = np.random.default_rng(1)
-    documents = [draw.integers(0, 300, size=length) for length in (5, 31, 12, 2)]
-    masks = [draw.random(len(ids)) < 0.6 for ids in documents]
-    for mask in masks:
-        mask[0] = False
-    found = score(model.decoder, documents, masks, row_ids=20)
-    for ids, mask, part in zip(documents, masks, found, strict=True):
-        with torch.no_grad():
-            logs = model.decoder(torch.from_numpy(ids)[None])[0].log_softmax(-1)
-        expected = [float(logs[place - 1, ids[place]]) for place in np.flatnonzero(mask)]
-        assert part == pytest.approx(expected, abs=1e-4)
-
-
-def test_endings_score_as_whole_documents(model: Emulus) -> None:
-    draw = np.random.default_rng(2)
-    beginning, endings = draw.integers(0, 200, size=9), [draw.integers(0, 200, size=n) for n in (3, 1, 7)]
-    documents = [np.concatenate([beginning, ending]) for ending in endings]
-    masks = [np.arange(len(ids)) >= 9 for ids in documents]
-    whole = score(model.decoder, documents, masks, vocab_range=(0, 200))
-    found = score_endings(model.decoder, beginning, endings, vocab_range=(0, 200))
-    assert found == pytest.approx([part.sum() for part in whole], abs=1e-4)
-
-
-def test_scoring_switches_dropout_off_and_on_again(model: Emulus) -> None:
-    model.decoder.train()
-    try:
-        ids, mask = [np.arange(20)], [np.arange(20) > 0]
-        assert (score(model.decoder, ids, mask)[0] == score(model.decoder, ids, mask)[0]).all()
-        assert model.decoder.training
-    finally:
-        model.decoder.eval()
 
 
 def test_training_ids_hold_every_caption_and_picture(model: Emulus) -> None:

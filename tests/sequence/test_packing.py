@@ -84,7 +84,7 @@ def test_joining_is_collating(grammar: Grammar, documents: list[list[int]], data
     lengths = [len(document) for document in documents]
     prompt = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
     masks = [mask.tolist() for mask in np.split(prompt, np.cumsum(lengths)[:-1])]
-    left = join(ids, lengths, grammar.vocabulary, visual_weight=0.3, prompt=prompt)
+    left = join(ids, lengths, grammar.vocabulary, visual_weight=0.3, factors=1.0 - prompt)
     right = collate(documents, grammar.vocabulary, visual_weight=0.3, prompt_masks=masks)
     for name in ("input_ids", "targets", "loss_weights", "position_ids"):
         assert torch.equal(getattr(left, name), getattr(right, name))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from emulus.errors import EmulusError
 from emulus.sequence import (
+    EMU3,
     Document,
     Grammar,
     Image,
@@ -23,6 +24,7 @@ from emulus.sequence import (
     caption,
     caption_first,
     caption_last,
+    captioned,
     continue_video,
     conversation,
     converse,
@@ -81,6 +83,10 @@ def test_captions_and_answers_begin_their_document(grammar: Grammar, media: Imag
         *grammar.text.encode("a cat"),
         grammar.vocabulary.eos,
     ]
+    assert captioned(grammar, media, "a cat") == (grammar.build(caption_last(media, "a cat")), len(described.ids))
+    chat, start = captioned(grammar, media, "a cat", wording=EMU3)
+    assert chat[:start] == caption(grammar, media, wording=EMU3).ids
+    assert chat[start:] == [*grammar.text.encode(" a cat"), grammar.vocabulary.eos]
     assert described.null_ids == [grammar.vocabulary.bos]
     asked = answer(grammar, media, "how many?")
     taught = grammar.build(question_answer(media, "how many?", "2"))

@@ -126,12 +126,15 @@ class GenerateOptions(DrawingOptions):
             ``image_area``.
         image_area: In pixels.
         num_images: How many pictures, numbered from the second on.
+        best_of: How many are drawn for each of these; the model keeps the one that it would most likely caption so. The
+            model's own number by default.
     """
 
     out: Path = Path("generated.png")
     ratio: str | None = None
     image_area: int | None = None
     num_images: int = 1
+    best_of: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +225,7 @@ def generate(arguments: Sequence[str]) -> None:
     options = _parse(GenerateOptions, arguments, "emulus generate")
     _check_out(options.out, clip=False)
     model = options.load()
-    shape = _values(options, ("ratio", "image_area"))
+    shape = _values(options, ("ratio", "image_area", "best_of"))
     drawing = options.drawing()
     pictures = model.generate_images([options.prompt], num_images_per_prompt=options.num_images, **shape, **drawing)
     options.judge_size(model)

@@ -64,6 +64,7 @@ class ReadingConfig:
         turns: Most questions of a record that one document asks, one after the other, as a conversation does. How many
             is drawn evenly, so that each number of turns is learned to end; a row's length may cut them short.
         visual_weight: Weight of visual ids in the loss; all others weigh 1 (0.5 in the paper).
+        answer_weight: Weight of the ids of answers. A few ids among hundreds of codes are learned late at 1.
     """
 
     caption_first: float = 0.5
@@ -71,10 +72,11 @@ class ReadingConfig:
     question: float = 0.3
     turns: int = 1
     visual_weight: float = 0.5
+    answer_weight: float = 1.0
 
     def __post_init__(self) -> None:
         at_least(1, turns=self.turns)
-        at_least(0, visual_weight=self.visual_weight)
+        at_least(0, visual_weight=self.visual_weight, answer_weight=self.answer_weight)
         for name in ("caption_first", "null_caption", "question"):
             if not 0 <= getattr(self, name) <= 1:
                 raise EmulusError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -269,17 +271,17 @@ class _Piece(NamedTuple):
     """A stretch of a document."""
 
     ids: Ids32
-    seen: bool = False
-    """Whether it is seen and not learned."""
+    factor: float = 1.0
+    """How many times their weight its ids count; 0 where they are seen and not learned."""
 
 
 class Reader:
     """Reads rows that are planned."""
 
-    def __init__(self, mixture: Mixture, visual_weight: float) -> None:
+    def __init__(self, mixture: Mixture, reading: ReadingConfig) -> None:
         self.mixture = mixture
         self.vocabulary: Vocabulary = mixture.vocabulary
-        self.visual_weight = visual_weight
+        self.reading = reading
         self._bos, self._eos, self._between = (
             np.array(ids, np.uint32) for ids in ([self.vocabulary.bos], [self.vocabulary.eos], mixture.between)
         )
@@ -305,8 +307,8 @@ class Reader:
             pieces += parts
         ids = np.concatenate([piece.ids for piece in pieces]).astype(np.int64)
         self._check_ids(ids, documents, numbers)
-        prompt = np.repeat([piece.seen for piece in pieces], [len(piece.ids) for piece in pieces])
-        return join(ids, lengths, self.vocabulary, visual_weight=self.visual_weight, prompt=prompt)
+        factors = np.repeat([piece.factor for piece in pieces], [len(piece.ids) for piece in pieces])
+        return join(ids, lengths, self.vocabulary, visual_weight=self.reading.visual_weight, factors=factors)
 
     def _records(self, documents: Documents, numbers: Numbers) -> list[Record]:
         """The records of documents, in order."""
@@ -354,9 +356,9 @@ class Reader:
         for turn in range(turns if questions else 0):
             place = _asked(words, captions, questions, stride, turn)
             if turn:
-                yield _Piece(self._between, seen=True)
-            yield _Piece(spans[place].ids, seen=True)
-            yield spans[place + 1]
+                yield _Piece(self._between, 0.0)
+            yield _Piece(spans[place].ids, 0.0)
+            yield _Piece(spans[place + 1].ids, self.reading.answer_weight)
 
 
 class Loader:
@@ -412,7 +414,7 @@ class Loader:
         self.rows_per_step = rows_per_step
         self.numbers = list(range(rank, rows_per_step, world))
         self._planner = Planner(mixture, reading, seed=seed, row_tokens=row_tokens, window=window)
-        self._reader = Reader(mixture, reading.visual_weight)
+        self._reader = Reader(mixture, reading)
         self._threads = threads
         self._lock = threading.Lock()
         self._packing = {"window_size": window, "row_tokens": row_tokens}
@@ -571,7 +573,7 @@ def held_out(mixture: Mixture, count: int, reading: ReadingConfig, row_tokens: i
             f"{record.id}, which is held out, makes a document of {documents.lengths[number]} ids but a row holds "
             f"{row_tokens}: raise --row-tokens, or tokenize at a smaller size"
         )
-    reader = Reader(held, reading.visual_weight)
+    reader = Reader(held, reading)
     return [reader.row(documents, row) for row in pack(documents.lengths.tolist(), row_tokens)]
 
 

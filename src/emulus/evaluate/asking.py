@@ -9,8 +9,8 @@ import torch
 
 from emulus.engine import Done, Event, Request
 from emulus.engine.runner import Feed
+from emulus.engine.scores import Beginning, Ids
 from emulus.engine.walk import Walk
-from emulus.evaluate.scores import Beginning, Ids
 from emulus.pipeline import Emulus
 from emulus.sampling import SamplingParams
 from emulus.sequence import Document, Image, Prompt, Text, Video, templates

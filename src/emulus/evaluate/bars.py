@@ -78,9 +78,10 @@ def bars(
     moving = reconstruction.clips if reconstruction else None
     usage = reconstruction.codebook["usage"] if reconstruction else None
     to_picture = same_style.picture_pmi.top1.share if same_style and same_style.picture_pmi else None
+    by_words = same_style.picture_by_words.top1.share if same_style else None
     to_caption = same_style.caption_pmi.top1.share if same_style else None
     continued = clips.continuation if clips else None
-    chance = f"one of {same_style.candidates if same_style else 16} of the same style, by mutual information"
+    among = f"one of {same_style.candidates if same_style else 16} of the same style"
     return (
         Bar.of(
             f"Pictures, reconstructed ({size} pixels)",
@@ -92,8 +93,11 @@ def bars(
         ),
         Bar.of("Codes in use", usage, 0.5, 0.8, "{:.0%}", "by the held-out pictures and clips"),
         Bar.of("Clips, reconstructed", moving.psnr if moving else None, 25.0, 29.0, "{:.1f} dB", "mean PSNR"),
-        Bar.of("A caption's picture found", to_picture, 0.3, 0.6, "{:.0%}", chance),
-        Bar.of("A picture's caption found", to_caption, 0.3, 0.6, "{:.0%}", chance),
+        Bar.of("A picture's caption found", to_caption, 0.3, 0.6, "{:.0%}", f"{among}, by what the picture adds to it"),
+        Bar.of("A caption's picture found", by_words, 0.3, 0.6, "{:.0%}", f"{among}, by the caption's likelihood"),
+        Bar.of(
+            "The same by the pictures' likelihoods", to_picture, 0.3, 0.6, "{:.0%}", "by what the caption adds to each"
+        ),
         Bar.of('"Which style?" answered right', _style(answers), 0.95, 0.99, "{:.1%}", "in the words of the data set"),
         Bar.of(
             "Frames ahead nearer than the last frame held",

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emulus.data.tokens import TokenizedItem
-from emulus.evaluate.scores import Ids, Scores, score, score_endings
+from emulus.engine.scores import Ids, Scores, score, score_endings
 from emulus.evaluate.words import overlap
 from emulus.log import progress
 from emulus.model import Decoder
@@ -82,7 +82,10 @@ class Ranks:
 class Choice:
     """Both directions, by raw likelihood and by pointwise mutual information.
 
-    Mutual information subtracts what a candidate scores by itself: a plain picture is likely under any caption.
+    Mutual information subtracts what a candidate scores by itself: a plain picture is likely under any caption. The
+    decoder foretells it from either side, as ``log p(caption | picture) - log p(caption | no picture)`` and as
+    ``log p(picture | caption) - log p(picture | no caption)``, which would agree if its likelihoods were those of the
+    world; their sum hears both.
 
     Attributes:
         candidates: In each question.
@@ -92,6 +95,10 @@ class Choice:
         caption_pmi: Picture to caption, by log p(caption | picture) - log p(caption | no picture).
         picture_raw: Caption to picture, by log p(picture | caption); ``None`` where that was not asked.
         picture_pmi: Caption to picture, by log p(picture | caption) - log p(picture | no caption); likewise.
+        picture_by_words: Caption to picture, by log p(caption | picture); what the caption scores without a picture is
+            the same for all of them.
+        caption_both: Picture to caption, by the sum of the information from either side; likewise.
+        picture_both: Caption to picture, by the same sum; likewise.
         caption_neighbour: Picture to caption without the decoder: by the words that a candidate shares with the
             caption of the nearest training picture (see :func:`emulus.evaluate.peers.nearest`).
     """
@@ -101,8 +108,11 @@ class Choice:
     groups: int
     caption_raw: Ranks
     caption_pmi: Ranks
+    picture_by_words: Ranks
     picture_raw: Ranks | None = None
     picture_pmi: Ranks | None = None
+    caption_both: Ranks | None = None
+    picture_both: Ranks | None = None
     caption_neighbour: Ranks | None = None
 
 
@@ -132,8 +142,11 @@ def choose(
     found: dict[str, list[int]] = {}
     for group in progress(groups, what="choosing among pictures and captions"):
         tables = _tables("caption", *caption_scores(decoder, grammar, group))
+        tables["picture_by_words"] = tables["caption_raw"].T
         if pictures:
             tables |= _tables("picture", *picture_scores(decoder, grammar, group))
+            both = tables["caption_pmi"] + tables["picture_pmi"].T
+            tables |= {"caption_both": both, "picture_both": both.T}
         if neighbours is not None:
             tables["caption_neighbour"] = neighbour_scores(group, neighbours)
         for name, table in tables.items():

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from emulus.data.tokens import TokenizedItem
+from emulus.engine.scores import Ids, Scores, score
 from emulus.errors import EmulusError
 from emulus.evaluate.ngrams import NGrams, tuned_bits
-from emulus.evaluate.scores import Ids, Scores, score
 from emulus.log import progress
 from emulus.model import Decoder
 from emulus.sequence import Document, Grammar, Image, Text, caption_first, caption_last, modalities

@@ -241,24 +241,36 @@ def _choice(measured: Mapping[str, Choice]) -> list[Figure]:
     for kind, choice in measured.items():
         group = f"Choice among {choice.candidates} held-out pictures (chance {choice.chance:.2%}), {kind}"
         questions = f"{choice.caption_pmi.top1.asked} questions in {choice.groups} group{'s' * (choice.groups > 1)}"
-        for name, pmi, raw, peer in (
-            ("A caption's picture", choice.picture_pmi, choice.picture_raw, None),
-            ("A picture's caption", choice.caption_pmi, choice.caption_raw, choice.caption_neighbour),
+        for name, pmi, others in (
+            (
+                "A caption's picture",
+                choice.picture_pmi,
+                {
+                    "by the caption's likelihood": choice.picture_by_words,
+                    "by both": choice.picture_both,
+                    "by the picture's raw likelihood": choice.picture_raw,
+                },
+            ),
+            (
+                "A picture's caption",
+                choice.caption_pmi,
+                {
+                    "by both likelihoods": choice.caption_both,
+                    "by the caption's raw likelihood": choice.caption_raw,
+                    "by words of the nearest training picture's caption": choice.caption_neighbour,
+                },
+            ),
         ):
-            if pmi is None or raw is None:
-                continue
-            beside = [f"by raw likelihood {_ranks(raw)}"]
-            if peer is not None:
-                beside.append(f"by words of the nearest training picture's caption {_ranks(peer)}")
+            shown, beside = (pmi, others) if pmi else (choice.picture_by_words, {})
+            way = "its own likelihood, less what a candidate scores by itself" if pmi else "the caption's likelihood"
             rows.append(
                 Figure(
                     group=group,
                     name=name,
-                    value=_accuracy(pmi.top1),
-                    beside="; ".join(beside),
-                    meaning=f"among the first five {pmi.top5.share:.0%}, the first ten {pmi.top10.share:.0%}, median "
-                    f"rank {pmi.median:g}; picked by the decoder's own likelihood, less what a candidate scores by "
-                    f"itself; {questions}, 95% interval",
+                    value=_accuracy(shown.top1),
+                    beside="; ".join(f"{how} {_ranks(ranks)}" for how, ranks in beside.items() if ranks is not None),
+                    meaning=f"among the first five {shown.top5.share:.0%}, the first ten {shown.top10.share:.0%}, "
+                    f"median rank {shown.median:g}; picked by {way}; {questions}, 95% interval",
                 )
             )
     return rows

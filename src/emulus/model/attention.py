@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emulus.device import numbers
 from emulus.errors import EmulusError
+from emulus.model.short import attend_short, suits
 
 Backend = Literal["auto", "sdpa", "varlen", "flex"]
 
@@ -148,6 +149,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, row: Row, chunk: Chunk, dropout: float) -> Tensor:
     """Each document by itself, so that none can see another."""
+    if suits(q, dropout) and all(piece.queries == piece.keys for piece in chunk.pieces):
+        return attend_short(q, k, v, [piece.queries for piece in chunk.pieces])
     if len(chunk.pieces) == 1:
         return causal(q, k, v, dropout)
     queries, keys = (list(lengths) for lengths in zip(*chunk.pieces, strict=True))

@@ -102,12 +102,12 @@ def collate(
                 f"the prompt mask of document {index} has {len(mask)} places for {length} ids; give one each"
             )
 
-    prompts = [
-        np.zeros(length, bool) if mask is None else np.asarray(mask)
+    factors = [
+        np.ones(length) if mask is None else 1.0 - np.asarray(mask, np.float64)
         for mask, length in zip(masks, lengths, strict=True)
     ]
     ids = np.concatenate([np.asarray(document, np.int64) for document in documents_ids])
-    return join(ids, lengths, vocabulary, visual_weight=visual_weight, prompt=np.concatenate(prompts))
+    return join(ids, lengths, vocabulary, visual_weight=visual_weight, factors=np.concatenate(factors))
 
 
 def join(
@@ -116,7 +116,7 @@ def join(
     vocabulary: Vocabulary,
     *,
     visual_weight: float = 0.5,
-    prompt: npt.NDArray[np.bool_] | None = None,
+    factors: npt.NDArray[np.float64] | None = None,
 ) -> Batch:
     """Make a row of documents that are end to end already (see :func:`collate`).
 
@@ -125,16 +125,16 @@ def join(
         document_lengths: Ids of each, at least 1.
         vocabulary: Tells visual ids from others.
         visual_weight: Weight of a visual target; every other weighs 1.
-        prompt: For each id whether it is seen but not learned.
+        factors: For each id how many times its weight it counts; 0 where it is seen and not learned.
     """
     lengths = np.array(document_lengths, np.int64)
     ends = lengths.cumsum()
     targets = np.roll(ids, -1)
     start, stop = vocabulary.visual_range
     weights = np.where((targets >= start) & (targets < stop), visual_weight, 1.0).astype(np.float32)
-    if prompt is not None:
+    if factors is not None:
         # The weight of a target stands where the id before it is.
-        weights[np.roll(prompt, -1)] = 0
+        weights *= np.roll(factors, -1)
     targets[ends - 1] = vocabulary.pad
     weights[ends - 1] = 0
     return Batch(

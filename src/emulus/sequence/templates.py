@@ -170,6 +170,18 @@ def caption(grammar: Grammar, media: Media, *, wording: Wording = NATIVE) -> Pro
     return _about(grammar, [media])
 
 
+def captioned(grammar: Grammar, media: Media, words: str, *, wording: Wording = NATIVE) -> tuple[list[int], int]:
+    """A whole document that says what a picture or clip shows.
+
+    Returns:
+        The ids, from BOS to EOS, and where :func:`caption`'s prompt ends and the words begin.
+    """
+    prompt = caption(grammar, media, wording=wording).ids
+    # An answer is a piece of its own, with a space before it.
+    text = Text(words if wording.describe is None else f" {words}")
+    return [*prompt, *grammar.build(Document((text,)), bos=False)], len(prompt)
+
+
 def answer(grammar: Grammar, media: Media, question: str, *, wording: Wording = NATIVE) -> Prompt:
     """Ask a question about a picture or clip."""
     return converse(grammar, [Turn(text=question, media=(media,))], wording=wording)
