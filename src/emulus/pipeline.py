@@ -26,7 +26,7 @@ from emulus.engine.runner import Runner
 from emulus.engine.scores import score
 from emulus.errors import EmulusError, at_least
 from emulus.log import progress_bar
-from emulus.media import Clip, pixels_to_clip, pixels_to_image
+from emulus.media import Clip, clip_to_pixels, keep_still, pixels_to_clip, pixels_to_image
 from emulus.model.quantize import Quantization
 from emulus.options import EngineOptions, ScheduleName
 from emulus.prompts import MediaSource, Prompter, check_compat
@@ -34,8 +34,14 @@ from emulus.sequence import Image, Video, templates
 
 # What decides a picture; the rest of the sampling settings are of words.
 _OF_PICTURES = ("seed", "temperature", "top_k", "top_p", "guidance_scale")
-_FAR = 2**32
-"""Between the seeds of pictures of which one is kept."""
+
+
+def seeds(seed: int, tries: int) -> list[int]:
+    """Seeds of so many pictures of which one is kept.
+
+    They are far from those of other pictures, which would otherwise choose among the same ones.
+    """
+    return [seed + 2**32 * number for number in range(tries)]
 
 
 def load(
@@ -194,12 +200,11 @@ class Emulus(Prompter):
         for prompt, shape in zip(prompts, ratios, strict=True):
             drawn = self._drawing(prompt, negative_prompt, height, width, shape, image_area)
             for number in range(num_images_per_prompt):
-                # Far from the seeds of other pictures, which would otherwise choose among the same ones.
-                requests += [self._request(drawn, seed + number + _FAR * other, **sampling) for other in range(tries)]
+                requests += [self._request(drawn, each, **sampling) for each in seeds(seed + number, tries)]
                 notes.append(self._note(prompt, negative_prompt))
         media = [self._medium(ids) for ids in self._finish(requests)]
         kept = [
-            start + self._best(note["prompt"], media[start : start + tries])
+            start + self.likeliest(note["prompt"], media[start : start + tries])
             for start, note in zip(range(0, len(media), tries), notes, strict=True)
         ]
         return [
@@ -207,8 +212,8 @@ class Emulus(Prompter):
             for place, note in zip(kept, notes, strict=True)
         ]
 
-    def _best(self, prompt: str, media: Sequence[Image | Video]) -> int:
-        """Which picture the prompt is likeliest to be the caption of."""
+    def likeliest(self, prompt: str, media: Sequence[Image | Video]) -> int:
+        """Which of some pictures or clips, as codes, the model would most likely give the prompt as a caption."""
         if len(media) == 1:
             return 0
         wording = self.preset.wording
@@ -322,6 +327,8 @@ class Emulus(Prompter):
     ) -> Clip:
         """Go on with a clip, for as long as wanted.
 
+        What does not move keeps the pixels of the last given frame (see :func:`emulus.media.still.keep_still`).
+
         A pass sees at most as many frames as the model's clips have (``defaults.num_frames``). A longer result is made
         in several: each starts from the last half of such a window.
 
@@ -357,10 +364,17 @@ class Emulus(Prompter):
             end = min(window, len(video.codes) + (total - len(frames)) // factor)
             asked = templates.continue_video(self.grammar, prompt, video, end, wording=self.preset.wording)
             (ids,) = self._finish([self._request(asked, seed, **sampling)])
-            frames += self._clip(self._medium(ids)).frames[len(seen) :]
+            frames += self._gone_on(self._medium(ids), Clip(tuple(seen), start.fps)).frames
             # The next window's positions are the same again; the same noise would repeat what they drew.
             seed += 1
         return Clip(tuple(frames), start.fps)
+
+    def _gone_on(self, whole: Image | Video, seen: Clip) -> Clip:
+        """What follows the frames that were seen."""
+        count, cell = len(seen.frames), self.vision.config.spatial_factor
+        painted = self._paint(whole.codes[None])[0]
+        given = clip_to_pixels(seen)[-1]
+        return pixels_to_clip(keep_still(painted[count:], painted[count - 1], given, cell=cell), seen.fps)
 
     # Describing and answering.
 

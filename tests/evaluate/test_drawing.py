@@ -104,6 +104,14 @@ def test_drawings_are_those_of_generate_images(model: Emulus) -> None:
     assert drawn.pixels.abs().max() <= 1
 
 
+def test_the_best_of_several_is_the_one_that_generate_images_keeps(model: Emulus) -> None:
+    captions = ["a flat red disc", "a round blue disc"]
+    drawn = draw(model, captions, seed=3, best_of=3)
+    for place, caption in enumerate(captions):
+        picture = model.generate_image(caption, seed=3 + place, best_of=3)
+        assert torch.allclose(image_to_pixels(picture), drawn.pixels[place], atol=1 / 127)
+
+
 def test_copies_are_found(model: Emulus, training: list[Example], held_out: list[Example], dual: DualEncoder) -> None:
     real = [example for example in held_out if isinstance(example.media, Image)]
     # Discs of one colour have the same codes; pictures that are no copies have others.

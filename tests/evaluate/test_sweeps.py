@@ -17,7 +17,7 @@ from emulus.evaluate.report import Curves, Report, Table, write_report
 from emulus.evaluate.sweeps import SweepConfig, Sweeps, sweeps, sweeps_section
 from emulus.pipeline import Emulus
 
-FEW = SweepConfig(drawings=3, guidance_scales=(1.0, 2.0), temperatures=(1.0, 0.0), top_ks=(4, 0, 500))
+FEW = SweepConfig(drawings=3, guidance_scales=(1.0, 2.0), temperatures=(1.0, 0.0), top_ks=(4, 0, 500), best_ofs=(2,))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def found(model: Emulus, examples: list[Example], dual: DualEncoder) -> Sweeps:
 def test_points(found: Sweeps) -> None:
     values = {setting: [p.value for p in found.points if p.setting == setting] for setting in found.defaults}
     # The model has guidance 3, temperature 1 and no top-k; there are 64 codes, so 500 of them are all.
-    assert found.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 0.0}
-    assert values == {"guidance_scale": [1, 2, 3], "temperature": [0, 1], "top_k": [4, 0]}
+    assert found.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 0.0, "best_of": 1.0}
+    assert values == {"guidance_scale": [1, 2, 3], "temperature": [0, 1], "top_k": [4, 0], "best_of": [1, 2]}
     own = [point for point in found.points if point.value == found.defaults[point.setting]]
     assert len({(point.distance, point.found.top10.right) for point in own if point.found}) == 1
     assert {point.found.top1.asked for point in found.points if point.found} == {found.count} == {3}
@@ -58,7 +58,11 @@ def test_a_point_is_what_the_model_draws_so(
 ) -> None:
     likeliest = next(point for point in found.points if (point.setting, point.value) == ("temperature", 0))
     again = sweeps(
-        model, examples, dual, SweepConfig(drawings=3, guidance_scales=(), temperatures=(0.0,), top_ks=()), seed=9
+        model,
+        examples,
+        dual,
+        SweepConfig(drawings=3, guidance_scales=(), temperatures=(0.0,), top_ks=(), best_ofs=()),
+        seed=9,
     )
     assert again is not None
     # Without noise the seed does not matter.
@@ -69,13 +73,13 @@ def test_a_point_is_what_the_model_draws_so(
 
 def test_section(found: Sweeps, tmp_path: Path, check_page: Callable[[Path], Any]) -> None:
     section = sweeps_section(found, 64)
-    assert "guidance scale 3, temperature 1, top-k all" in section.text
+    assert "guidance scale 3, temperature 1, top-k all, best of 1" in section.text
     curves, table, _ = section.blocks
     assert isinstance(curves, Curves)
     assert isinstance(table, Table)
-    assert len(curves.charts) == 6
+    assert len(curves.charts) == 8
     assert [len(line.points) for line in curves.charts[0].lines] == [3, 1]
-    assert max(x for x, _ in curves.charts[-1].lines[0].points) == 6
+    assert max(x for x, _ in curves.charts[5].lines[0].points) == 6
     assert len(table.rows) == len(found.points)
     write_report(Report(title="t", sections=(section,)), tmp_path / "r.html")
     check_page(tmp_path / "r.html")

@@ -18,6 +18,7 @@ from emulus.evaluate.held_out import Example
 from emulus.evaluate.perceptual import Metric, perceptual_metric
 from emulus.evaluate.reconstruction import painted
 from emulus.log import logger
+from emulus.media import keep_still
 from emulus.pipeline import Emulus
 from emulus.sampling import SamplingParams
 from emulus.sequence import Video, templates
@@ -116,9 +117,10 @@ class Comparison:
 class Continuation:
     """Clips that the model went on with.
 
-    What needs no model copies original pixels, while all that the model makes comes from its vision tokenizer. So there
-    are two comparisons: with the true frames, which nothing flatters, and with the true frames as the vision tokenizer
-    shows them, which leaves what that tokenizer loses out of all of them.
+    What needs no model copies original pixels, while what the model makes comes from its vision tokenizer, but for the
+    given pixels that are kept where nothing moves. So there are two comparisons: of what
+    :meth:`Emulus.continue_video` shows with the true frames, which nothing flatters, and of what is painted from codes
+    alone with the true frames painted likewise, which leaves what the vision tokenizer loses out of all of them.
 
     Attributes:
         count: How many clips.
@@ -184,9 +186,12 @@ def continuation(
         return None
     truth = [to_pixels(clip.frames)[given:] for clip in chosen]
     made: dict[str, list[Pixels]] = {}
+    from_codes: dict[str, list[Pixels]] = {}
     for way in config.ways:
         logger.info(f"continuing {len(chosen)} clips, {way}")
-        made[way] = _continued(model, chosen, config, way, seed)
+        wholes = _continued(model, chosen, config, way, seed)
+        from_codes[way] = [frames[given:] for frames in wholes]
+        made[way] = [_with_given(model, *each, given) for each in zip(wholes, chosen, strict=True)]
     beside = _without_model(model, chosen, given)
     figures = Continuation(
         count=len(chosen),
@@ -197,7 +202,7 @@ def continuation(
         guidance_scale=config.guidance_scale if config.captioned else 1.0,
         ways=config.ways,
         true=_compare(made, beside, truth),
-        shown=_compare(made, {name: beside[name] for name in (REPEAT_PAINTED, LOOP_PAINTED)}, beside[BOUND]),
+        shown=_compare(from_codes, {name: beside[name] for name in (REPEAT_PAINTED, LOOP_PAINTED)}, beside[BOUND]),
     )
     rows = {"true": truth, **made, REPEAT: beside[REPEAT], LOOP: beside[LOOP]}
     strips = tuple(
@@ -213,7 +218,7 @@ def continuation(
 def _continued(
     model: Emulus, clips: Sequence[Example], config: ContinuationConfig, way: Way, seed: int
 ) -> list[Pixels]:
-    """The frames ahead of each clip, all clips in one batch."""
+    """Each clip from its first frame on, as painted from codes, all clips in one batch."""
     defaults = model.defaults
     params = SamplingParams(
         temperature=defaults.temperature if way == "sampled" else 0.0,
@@ -242,7 +247,13 @@ def _continued(
             codes[event.request].append(torch.tensor(event.codes).reshape(1, event.size.h, event.size.w))
 
     model.engine.generate(requests, batch_size=model.options.batch_size, on_event=collect)
-    return [painted(model.vision, torch.cat(each))[config.given :] for each in codes]
+    return [painted(model.vision, torch.cat(each)) for each in codes]
+
+
+def _with_given(model: Emulus, whole: Pixels, clip: Example, given: int) -> Pixels:
+    """The frames ahead as :meth:`Emulus.continue_video` shows them, with given pixels where nothing has moved."""
+    last = to_pixels(clip.frames[given - 1 : given])[0]
+    return keep_still(whole[given:], whole[given - 1], last, cell=model.vision.config.spatial_factor)
 
 
 def _encoded(model: Emulus, frames: UInt8[Tensor, "t 3 h w"]) -> Int[Tensor, "k h w"]:

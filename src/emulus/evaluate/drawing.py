@@ -49,12 +49,13 @@ from emulus.evaluate.neighbours import Closeness, Nearest, Neighbours, Pair, nea
 from emulus.evaluate.report import Section
 from emulus.log import logger, progress
 from emulus.media import pixels_to_image
-from emulus.pipeline import Emulus
+from emulus.pipeline import Emulus, seeds
 from emulus.sampling.params import SamplingParams
 from emulus.sequence import Image, templates
 from emulus.tokenizer.vision import VisionTokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
+"""Settings of one drawing."""
 _AT_ONCE = 32
 """Pictures that are painted or looked at together."""
 
@@ -139,6 +140,8 @@ def drawing_figures(
         "bigram": paint(model.vision, doodles(known, len(asked), model.vision.config.codebook_size, seed=seed)),
         "training": _pictures(_some(pictures, len(asked), seed), drawn.pixels.shape[-1]),
     }
+    if model.defaults.best_of > 1:
+        kinds["single"] = draw(model, [example.caption for example in asked], seed=seed, best_of=1).pixels
     painted = paint(model.vision, codes_of(others))
     logger.info(f"comparing the drawings with {len(known)} training pictures")
     judged = [by_codes(model, drawn, held_out, known, config.shown)]
@@ -148,7 +151,7 @@ def drawing_figures(
     several = even(asked, config.various)
     figures = DrawingFigures(
         count=len(asked),
-        sampling={name: getattr(model.defaults, name) for name in SAMPLING},
+        sampling={name: getattr(model.defaults, name) for name in (*SAMPLING, "best_of")},
         retrieval=None if dual is None else retrieval(dual, held_out, asked, kinds),
         lookalikes=None if dual is None else lookalikes(dual, held_out, asked, kinds),
         frechet=tuple(distances(space, kinds, pixels_of(others), painted) for space in _spaces(model, dual, config)),
@@ -165,30 +168,39 @@ def drawing_figures(
 # Drawing.
 
 
-def draw(model: Emulus, captions: Sequence[str], *, seed: int = 0, **sampling: Any) -> Drawings:
+def draw(
+    model: Emulus, captions: Sequence[str], *, seed: int = 0, best_of: int | None = None, **sampling: Any
+) -> Drawings:
     """Draw one picture for each caption, as :meth:`Emulus.generate_images` does, and keep the codes.
 
     Args:
         model: A whole model.
         captions: What the pictures show, at least one.
         seed: The picture of caption ``i`` has seed ``seed + i``.
+        best_of: How many are drawn of which the model keeps one; the model's own by default.
         sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale``; the model's own by default.
     """
     defaults, factor = model.defaults, model.vision.config.spatial_factor
     own = {name: getattr(defaults, name) for name in SAMPLING}
     rows, columns = defaults.height // factor, defaults.width // factor
+    tries = best_of or defaults.best_of
     requests = []
     for place, caption in enumerate(captions):
         prompt = templates.draw(
             model.grammar, caption, rows, columns, negative=defaults.negative_prompt, wording=model.preset.wording
         )
-        params = SamplingParams(**{**own, **sampling, "seed": seed + place})
-        requests.append(Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=params))
+        for each in seeds(seed + place, tries):
+            params = SamplingParams(**{**own, **sampling, "seed": each})
+            requests.append(Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=params))
     results = model.engine.generate(requests, batch_size=model.options.batch_size)
     start, stop = model.grammar.vocabulary.visual_range
-    codes = tuple(
+    drawn = [
         Image(torch.tensor([id - start for id in result.ids if start <= id < stop]).reshape(rows, columns))
         for result in results
+    ]
+    choices = (drawn[first : first + tries] for first in range(0, len(drawn), tries))
+    codes = tuple(
+        several[model.likeliest(caption, several)] for caption, several in zip(captions, choices, strict=True)
     )
     return Drawings(captions=tuple(captions), codes=codes, pixels=paint(model.vision, codes))
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from emulus.data.source import even
 from emulus.dual import DualEncoder
@@ -21,7 +22,7 @@ from emulus.log import logger
 from emulus.pipeline import Emulus
 from emulus.sequence import Image
 
-GUIDANCE, TEMPERATURE, TOP_K = "guidance_scale", "temperature", "top_k"
+GUIDANCE, TEMPERATURE, TOP_K, BEST_OF = "guidance_scale", "temperature", "top_k", "best_of"
 _MOST_OTHERS = 512
 """Real pictures that drawings are compared with."""
 
@@ -30,17 +31,21 @@ _MOST_OTHERS = 512
 class SweepConfig:
     """What is tried; the model's own settings are tried in any case, and each setting is changed by itself.
 
+    One picture is drawn at a time, but where the model chooses among several.
+
     Attributes:
         drawings: Captions that are drawn at each point.
         guidance_scales: Strengths of guidance; 1 is none.
         temperatures: Divide the logits; 0 takes the likeliest id.
         top_ks: How many ids may be drawn; 0 is all.
+        best_ofs: Of how many drawings the model keeps one.
     """
 
     drawings: int = 12
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 5.0, 8.0)
     temperatures: tuple[float, ...] = (0.6, 0.8, 1.2)
     top_ks: tuple[int, ...] = (16, 128, 0)
+    best_ofs: tuple[int, ...] = (1, 2, 4, 8)
 
     def __post_init__(self) -> None:
         at_least(2, drawings=self.drawings)
@@ -123,19 +128,26 @@ def sweeps(
     defaults[TOP_K], *top_ks = (
         0.0 if value >= size else float(value) for value in (model.defaults.top_k, *config.top_ks)
     )
-    tried = {GUIDANCE: config.guidance_scales, TEMPERATURE: config.temperatures, TOP_K: top_ks}
+    once = {**defaults, BEST_OF: 1.0}
+    defaults[BEST_OF] = float(model.defaults.best_of)
+    tried = {
+        GUIDANCE: config.guidance_scales,
+        TEMPERATURE: config.temperatures,
+        TOP_K: top_ks,
+        BEST_OF: config.best_ofs,
+    }
     points: list[Point] = []
     own: Point | None = None
     for setting, values in tried.items():
         for value in sorted({*values, defaults[setting]}, key=lambda value: _axis(setting, value, size)):
-            if own is not None and value == defaults[setting]:
+            if own is not None and value == once[setting]:
                 points.append(dataclasses.replace(own, setting=setting, value=value))
                 continue
             logger.info(f"drawing {len(asked)} captions at {setting.replace('_', ' ')} {value:g}")
-            changed = {setting: int(value) if setting == TOP_K else value}
+            changed: dict[str, Any] = {BEST_OF: 1, setting: int(value) if setting in (TOP_K, BEST_OF) else value}
             drawn = draw(model, [example.caption for example in asked], seed=seed, **changed).pixels
             points.append(judge.point(setting, value, drawn))
-            own = points[-1] if value == defaults[setting] else own
+            own = points[-1] if value == once[setting] else own
     return Sweeps(
         count=len(asked),
         names=judge.names,
@@ -204,8 +216,9 @@ def sweeps_section(figures: Sweeps, codebook_size: int) -> Section:
     return Section(
         title="Settings of drawing",
         text=f"{figures.count} held-out captions, drawn at each value of one setting while the others are the model's "
-        f"own: {chosen} (large points). So few tell large differences only. Best of those tried, by names found among "
-        f"ten and then by distance: {best}.",
+        f"own: {chosen} (large points). One picture is drawn at a time, but where the best of several is kept. So few "
+        "tell large differences only. Best of those tried, by names found among ten and then by distance: "
+        f"{best}.",
         blocks=(
             Curves(charts=tuple(charts)),
             Table(
@@ -266,7 +279,7 @@ def _row(figures: Sweeps, point: Point) -> tuple[str, ...]:
 
 
 def _name(setting: str) -> str:
-    return {GUIDANCE: "guidance scale", TEMPERATURE: "temperature", TOP_K: "top-k"}[setting]
+    return {GUIDANCE: "guidance scale", TEMPERATURE: "temperature", TOP_K: "top-k", BEST_OF: "best of"}[setting]
 
 
 def _value(setting: str, value: float) -> str:

@@ -6,6 +6,7 @@ Pixels are float32 ``(..., 3, height, width)`` in [-1, 1]; a clip's are ``(frame
 from emulus.media.image import image_to_pixels, pixels_to_image, read_image, write_image
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import fit, generation_size, resize, smart_resize
+from emulus.media.still import keep_still
 from emulus.media.video import (
     Clip,
     check_writable,
@@ -28,6 +29,7 @@ __all__ = [
     "generation_size",
     "image_to_pixels",
     "is_video",
+    "keep_still",
     "pixels_to_clip",
     "pixels_to_image",
     "read_image",
