@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from emulus.model.attention import causal
 from emulus.model.short import attend_short
 
 Way = Literal["library", "ours"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 ROWS = {
     "16-pixels": [45] * 34,
@@ -54,7 +55,8 @@ class Layer:
 
     def run(self, way: Way) -> list[Tensor]:
         """Values, then the gradients of queries, keys and values."""
-        out = attend_short(*self.inputs, self.lengths) if way == "ours" else by_document(self.inputs, self.lengths)
+        q, k, v = self.inputs
+        out = attend_short(q, k, v, self.lengths) if way == "ours" else by_document(self.inputs, self.lengths)
         return [out.detach(), *torch.autograd.grad(out, self.inputs, self.towards)]
 
     def exact(self) -> list[Tensor]:
@@ -75,7 +77,7 @@ def speed(name: str, options: Options) -> Case:
     lengths = TOY if options.toy else ROWS[name]
     layer = Layer(lengths)
     exact = layer.exact()
-    differ = {way: _differ(layer.run(way), exact) for way in ("library", "ours")}  # type: ignore[arg-type]
+    differ = {way: _differ(layer.run(way), exact) for way in WAYS}
     require(max(differ.values()) < TOLERANCE, f"values or gradients differ from float32's: {differ}")
     repeats = range(1 if options.toy else 10)
     timings = interleave(
