@@ -19,8 +19,8 @@ import PIL.Image
 from emulus.commands.shipped import MODEL, shipped
 from emulus.data.emoji.art import BACKGROUNDS
 from emulus.data.source import Item, even, open_source
+from emulus.loading import load
 from emulus.media import read_image
-from emulus.pipeline import load
 from emulus.recipes.emoji import DATA
 
 SPLIT = "validation"

@@ -17,7 +17,7 @@ from typing import Any
 from emulus.commands.shipped import MODEL
 from emulus.errors import EmulusError
 from emulus.evaluate.charts import HEIGHT, WIDTH, Chart, draw_chart
-from emulus.evaluate.curves import curves_of
+from emulus.evaluate.curves import Lines, learning_curves
 from emulus.files import write_text
 from emulus.train.metrics import METRICS_FILE, read_metrics
 
@@ -55,12 +55,13 @@ def record(run: Path, model: Path) -> None:
     known, new = read_metrics(model), brief(read_metrics(run))
     if not new:
         raise EmulusError(f"{run} has no figures; name a training run's folder")
-    if _figures(new[-1]) in map(_figures, known):
-        raise EmulusError(f"{model / METRICS_FILE} ends with this run's figures already")
+    if _figures(new[0]) in map(_figures, known):
+        raise EmulusError(f"{model / METRICS_FILE} has this run's figures already; put back what it was before")
     first = known[-1]["step"] if known else 0
     lines = [*known, *({**line, "step": line["step"] + first} for line in new)]
+    picture = drawn([*_charts(lines), *_charts(read_metrics(model / "vision"))])
     write_text(model / METRICS_FILE, "".join(f"{json.dumps(line)}\n" for line in lines))
-    write_text(model / CURVES_FILE, drawn([*_charts(model), *_charts(model / "vision")]))
+    write_text(model / CURVES_FILE, picture)
 
 
 def brief(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -86,8 +87,8 @@ def _figures(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name != "step"}
 
 
-def _charts(folder: Path) -> list[Chart]:
-    curves = curves_of(folder)
+def _charts(lines: Lines) -> list[Chart]:
+    curves = learning_curves(lines)
     return [] if curves is None else list(curves.charts)
 
 

@@ -23,9 +23,10 @@ from emulus.data.source import Source, even, open_source
 from emulus.evaluate import Example, encode_examples
 from emulus.evaluate.asking import Shown
 from emulus.evaluate.galleries import GIVEN, MADE
+from emulus.loading import load
 from emulus.media import Clip
 from emulus.media.image import write_content
-from emulus.pipeline import Emulus, load
+from emulus.pipeline import Emulus
 from emulus.recipes.emoji import DATA
 
 SPLIT = "validation"

@@ -21,7 +21,7 @@ from emulus.bundle import Bundle
 from emulus.engine import Jacobi, Request, Schedule, Sequential, Token, Zipar
 from emulus.engine.cache import Lane
 from emulus.errors import EmulusError
-from emulus.media import Clip
+from emulus.media import Clip, clip_to_pixels, keep_still, pixels_to_clip
 from emulus.options import EngineOptions
 from emulus.pipeline import Emulus, _stripped
 from emulus.sequence import Image, Video, caption_last, templates
@@ -51,7 +51,9 @@ def test_of_several_pictures_the_one_is_kept_that_the_model_would_caption_so(tin
         likely = [own_caption_score(tiny, prompt, seed + 2**32 * number) for number in range(3)]
         assert kept.tobytes() == tries[int(np.argmax(likely))].tobytes()
         # The seed that is recorded makes the picture again, by itself.
-        again = tiny.generate_image(prompt, seed=json.loads(kept.info["emulus"])["seed"])
+        made = json.loads(kept.info["emulus"])
+        choosy = Emulus(dataclasses.replace(tiny.bundle, defaults=dataclasses.replace(tiny.defaults, best_of=3)))
+        again = choosy.generate_image(prompt, seed=made["seed"], best_of=made["best_of"])
         assert again.tobytes() == kept.tobytes()
 
 
@@ -71,6 +73,8 @@ def test_a_model_may_choose_among_several_by_default(tiny: Emulus) -> None:
     choosy = Emulus(dataclasses.replace(tiny.bundle, defaults=defaults))
     assert choosy.generate_image("a cat", seed=2).tobytes() == tiny.generate_image("a cat", seed=2, best_of=3).tobytes()
     assert choosy.generate_image("a cat", seed=2, best_of=1).tobytes() == tiny.generate_image("a cat", seed=2).tobytes()
+    likeliest = choosy.generate_image("a cat", seed=2, temperature=0.0)
+    assert json.loads(likeliest.info["emulus"])["seed"] == 2, "without noise there is nothing to choose from"
     with pytest.raises(EmulusError, match="best_of must be at least 1"):
         tiny.generate_image("a cat", best_of=0)
 
@@ -176,6 +180,19 @@ def test_continuing_keeps_the_start(tiny: Emulus) -> None:
         tiny.continue_video(start, num_frames=4)
     with pytest.raises(EmulusError, match="picture cannot be continued"):
         tiny.continue_video(picture())
+
+
+def test_what_stands_still_keeps_the_given_pixels(tiny: Emulus) -> None:
+    start = tiny.generate_video("a bird", num_frames=4, seed=4)
+    further = tiny.continue_video(start).frames[4:]
+    video = tiny.encode(start)
+    assert isinstance(video, Video)
+    request = tiny._request(templates.continue_video(tiny.grammar, "", video, 2), 0, guidance_scale=1.0)
+    (ids,) = tiny._finish([request])
+    painted = tiny._paint(tiny._medium(ids).codes[None])[0]
+    expected = keep_still(painted, clip_to_pixels(start), cell=tiny.vision.config.spatial_factor)
+    assert [frame.tobytes() for frame in further] == [f.tobytes() for f in pixels_to_clip(expected, 8.0).frames]
+    assert not torch.equal(expected, painted[4:])
 
 
 def test_describing(tiny: Emulus) -> None:

@@ -53,5 +53,6 @@ def test_nothing_and_twice_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EmulusError, match="has no figures"):
         record(tmp_path / "nowhere", model)
     record(run, model)
+    (run / "metrics.jsonl").write_text((write(tmp_path / "longer", steps(40, 2.0)) / "metrics.jsonl").read_text())
     with pytest.raises(EmulusError, match="figures already"):
         record(run, model)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from emulus.errors import EmulusError
 
 if TYPE_CHECKING:
-    from emulus.pipeline import Emulus, load
+    from emulus.loading import load
+    from emulus.pipeline import Emulus
 
 __version__ = "0.1.0"
 __all__ = ["Emulus", "EmulusError", "__version__", "load"]
@@ -18,7 +19,7 @@ __all__ = ["Emulus", "EmulusError", "__version__", "load"]
 
 def __getattr__(name: str) -> Any:
     if name in ("Emulus", "load"):
-        from emulus import pipeline
+        from emulus import loading
 
-        return getattr(pipeline, name)
+        return getattr(loading, name)
     raise AttributeError(f"module 'emulus' has no attribute {name!r}")

@@ -10,8 +10,7 @@ import dataclasses
 import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,99 +19,26 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from emulus import __version__
-from emulus.bundle import Bundle, load_bundle
-from emulus.engine import Engine, Frame, Request, Result, Row, Schedule, TextPiece, Token
-from emulus.engine.runner import Runner
+from emulus.bundle import Bundle
+from emulus.engine import Engine, Frame, Request, Result, Row, TextPiece, Token
 from emulus.engine.scores import score
 from emulus.errors import EmulusError, at_least
 from emulus.log import progress_bar
 from emulus.media import Clip, clip_to_pixels, keep_still, pixels_to_clip, pixels_to_image
-from emulus.model.quantize import Quantization
-from emulus.options import EngineOptions, ScheduleName
-from emulus.prompts import MediaSource, Prompter, check_compat
+from emulus.options import EngineOptions
+from emulus.prompts import MediaSource, Prompter
 from emulus.sequence import Image, Video, templates
 
 # What decides a picture; the rest of the sampling settings are of words.
 _OF_PICTURES = ("seed", "temperature", "top_k", "top_p", "guidance_scale")
 
 
-def seeds(seed: int, tries: int) -> list[int]:
-    """Seeds of so many pictures of which one is kept.
+class Drawn(NamedTuple):
+    """A picture as codes, what was asked of the engine for it, and what the user had asked."""
 
-    They are far from those of other pictures, which would otherwise choose among the same ones.
-    """
-    return [seed + 2**32 * number for number in range(tries)]
-
-
-def load(
-    path: str | Path,
-    *,
-    vision: str | Path | None = None,
-    device: str = "auto",
-    dtype: torch.dtype | str | None = "auto",
-    quantize: Quantization | None = None,
-    max_memory: Mapping[str, int] | None = None,
-    revision: str | None = None,
-    preset: str | None = None,
-    vision_dtype: torch.dtype | str = "float32",
-    compat: Literal["released"] | None = None,
-    schedule: ScheduleName | Schedule = "auto",
-    kv_budget: int | None = None,
-    kv_dtype: torch.dtype | None = None,
-    batch_size: int = 8,
-) -> Emulus:
-    """Load a model: ours, a released Emu3 checkpoint or one of transformers, from a folder or from the hub.
-
-    Args:
-        path: A model's folder, a training run's (its newest model), or a name on the hub (``BAAI/Emu3-Gen``,
-            ``BAAI/Emu3-Gen@REVISION``).
-        vision: Where the vision tokenizer is, if not there. For a released decoder that has none beside it, the
-            released one is fetched when it is needed.
-        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` spreads a decoder over all GPUs, and over the CPU what they
-            cannot hold.
-        dtype: Of the decoder: ``float32``, ``bfloat16``, ``float16``; ``auto`` is float32, on a GPU bfloat16 for large
-            models; ``None`` keeps the file's.
-        quantize: ``int8``, ``int4`` or ``fp8`` for the decoder's projections and head.
-        max_memory: Bytes that the decoder may take on each device (``{"cuda:0": 20 * 2**30, "cpu": ...}``).
-        revision: Branch, tag or commit of a model on the hub.
-        vision_dtype: ``bfloat16`` paints with half the memory and faster on CPUs, a hair off; pictures are read in
-            float32 always, since rounding there would move codes.
-        preset: Whose prompts, sequences and defaults: ``native``, ``emu3``, ``emu3-base`` (Stage1's) or ``emu3.5``; by
-            default what the model looks like.
-        compat: ``released`` repeats what the released code does where Emulus knows better: specials in a user's text
-            become specials, narrow and several pictures follow its rule, a batch may be padded.
-        schedule: In which order ids are computed, by name or as a value of :mod:`emulus.engine`. ``sequential``: one
-            after another. ``jacobi``: guessed ahead and checked, the same ids in fewer steps. ``zipar``: several rows
-            at a time, fewer steps still but another picture, so never chosen by itself. ``auto`` is ``jacobi`` where it
-            is the same to the bit (on a CPU with the native kernels), else ``sequential``.
-        kv_budget: Bytes for keys and values on each device; by default nine tenths of what is free.
-        kv_dtype: Of keys and values; by default what is fast and loses nothing. ``torch.float8_e4m3fn`` halves them for
-            long videos, on GPUs with Triton.
-        batch_size: Most pictures, clips or answers that are computed together. Others wait for their turn.
-
-    Returns:
-        The model; a folder may hold only a part of one.
-
-    Raises:
-        EmulusError: There is no model, it is damaged, it does not fit into memory, or an option is wrong.
-    """
-    # Wrong options are better found before gigabytes are read than after.
-    check_compat(compat)
-    options = EngineOptions(schedule=schedule, kv_budget=kv_budget, kv_dtype=kv_dtype, batch_size=batch_size)
-    bundle = load_bundle(
-        path,
-        vision=vision,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        max_memory=max_memory,
-        revision=revision,
-        preset=preset,
-        vision_dtype=vision_dtype,
-    )
-    if bundle.decoder is not None and kv_dtype is not None:
-        Runner(bundle.decoder, kv_dtype=kv_dtype)  # whether such keys and values are possible, before they are needed
-    return Emulus(bundle, compat=compat, device=device, options=options)
+    codes: Image | Video
+    request: Request
+    note: Mapping[str, Any]
 
 
 class Emulus(Prompter):
@@ -177,7 +103,8 @@ class Emulus(Prompter):
             seed: Picture ``i`` of a prompt has seed ``seed + i``.
             num_images_per_prompt: How many pictures of each prompt, which follow one another in the result.
             best_of: How many are drawn for each of these, of which the one is kept whose caption the model itself would
-                most likely find the prompt to be; the model's own by default, 1 draws no others.
+                most likely find the prompt to be; the model's own by default, 1 draws no others. At temperature 0 there
+                are no others.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale``.
 
         Returns:
@@ -188,29 +115,71 @@ class Emulus(Prompter):
             EmulusError: An empty prompt, a size that does not fit the model, or a value out of range.
         """
         self._expect("draw", prompts)
-        tries = self.defaults.best_of if best_of is None else best_of
-        at_least(1, num_images_per_prompt=num_images_per_prompt, best_of=tries)
-        if tries > 1:
-            self._expect("caption")
-        _ = self.vision  # where it is missing, before hours of drawing
+        at_least(1, num_images_per_prompt=num_images_per_prompt)
         ratios = [ratio] * len(prompts) if ratio is None or isinstance(ratio, str) else list(ratio)
         if len(ratios) != len(prompts):
             raise EmulusError(f"{len(ratios)} ratios are given for {len(prompts)} prompts; give one, or one for each")
-        requests, notes = [], []
-        for prompt, shape in zip(prompts, ratios, strict=True):
-            drawn = self._drawing(prompt, negative_prompt, height, width, shape, image_area)
-            for number in range(num_images_per_prompt):
-                requests += [self._request(drawn, each, **sampling) for each in seeds(seed + number, tries)]
-                notes.append(self._note(prompt, negative_prompt))
-        media = [self._medium(ids) for ids in self._finish(requests)]
-        kept = [
-            start + self.likeliest(note["prompt"], media[start : start + tries])
-            for start, note in zip(range(0, len(media), tries), notes, strict=True)
-        ]
+        numbers = range(num_images_per_prompt)
+        drawn = self.draw_codes(
+            [prompt for prompt in prompts for _ in numbers],
+            [seed + number for _ in prompts for number in numbers],
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            ratios=[shape for shape in ratios for _ in numbers],
+            image_area=image_area,
+            best_of=best_of,
+            **sampling,
+        )
         return [
-            self._recorded(pixels_to_image(self._paint(media[place].codes[None])[0]), requests[place], note)
-            for place, note in zip(kept, notes, strict=True)
+            self._recorded(pixels_to_image(self._paint(codes.codes[None])[0]), request, note)
+            for codes, request, note in drawn
         ]
+
+    def draw_codes(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        ratios: Sequence[str | None] | None = None,
+        image_area: int | None = None,
+        best_of: int | None = None,
+        **sampling: Any,
+    ) -> list[Drawn]:
+        """Draw one picture for each prompt, as codes.
+
+        Args:
+            prompts: What each picture shows.
+            seeds: Of each picture.
+            negative_prompt: As in :meth:`generate_images`, like all that follow.
+            height: Of all pictures.
+            width: Of all pictures.
+            ratios: Of each picture.
+            image_area: Of all pictures.
+            best_of: Drawn for each picture.
+            sampling: Of all pictures.
+        """
+        self._expect("draw", prompts)
+        tries = self.defaults.best_of if best_of is None else best_of
+        at_least(1, best_of=tries)
+        # Without noise all tries would be the same.
+        tries = tries if sampling.get("temperature", self.defaults.temperature) else 1
+        if tries > 1:
+            self._expect("caption")
+        _ = self.vision  # where it is missing, before hours of drawing
+        requests: list[Request] = []
+        for prompt, seed, ratio in zip(prompts, seeds, ratios or [None] * len(prompts), strict=True):
+            drawing = self._drawing(prompt, negative_prompt, height, width, ratio, image_area)
+            requests += [self._request(drawing, each, **sampling) for each in _apart(seed, tries)]
+        media = [self._medium(ids) for ids in self._finish(requests)]
+        found = []
+        for prompt, first in zip(prompts, range(0, len(media), tries), strict=True):
+            kept = first + self.likeliest(prompt, media[first : first + tries])
+            found.append(Drawn(media[kept], requests[kept], self._note(prompt, negative_prompt)))
+        return found
 
     def likeliest(self, prompt: str, media: Sequence[Image | Video]) -> int:
         """Which of some pictures or clips, as codes, the model would most likely give the prompt as a caption."""
@@ -236,8 +205,8 @@ class Emulus(Prompter):
     ) -> Generator[PILImage.Image]:
         """Draw one picture and show it after every row of cells: the rows so far, the rest grey.
 
-        Arguments as in :meth:`generate_images`. The last picture is the finished one. Closing the iterator stops the
-        drawing and frees its memory.
+        Arguments as in :meth:`generate_images`, but one picture is drawn and shown, whatever the model's ``best_of``.
+        The last picture is the finished one. Closing the iterator stops the drawing and frees its memory.
         """
         self._expect("draw")
         drawing = self._drawing(prompt, negative_prompt, height, width, ratio, image_area)
@@ -364,17 +333,12 @@ class Emulus(Prompter):
             end = min(window, len(video.codes) + (total - len(frames)) // factor)
             asked = templates.continue_video(self.grammar, prompt, video, end, wording=self.preset.wording)
             (ids,) = self._finish([self._request(asked, seed, **sampling)])
-            frames += self._gone_on(self._medium(ids), Clip(tuple(seen), start.fps)).frames
+            painted, given = self._paint(self._medium(ids).codes[None])[0], clip_to_pixels(Clip(tuple(seen), start.fps))
+            further = keep_still(painted, given, cell=self.vision.config.spatial_factor)
+            frames += pixels_to_clip(further, start.fps).frames
             # The next window's positions are the same again; the same noise would repeat what they drew.
             seed += 1
         return Clip(tuple(frames), start.fps)
-
-    def _gone_on(self, whole: Image | Video, seen: Clip) -> Clip:
-        """What follows the frames that were seen."""
-        count, cell = len(seen.frames), self.vision.config.spatial_factor
-        painted = self._paint(whole.codes[None])[0]
-        given = clip_to_pixels(seen)[-1]
-        return pixels_to_clip(keep_still(painted[count:], painted[count - 1], given, cell=cell), seen.fps)
 
     # Describing and answering.
 
@@ -476,6 +440,7 @@ class Emulus(Prompter):
         """A picture that says how it was made, as JSON."""
         size = {"height": picture.height, "width": picture.width}
         sampling = {name: value for name, value in dataclasses.asdict(request.params).items() if name in _OF_PICTURES}
+        sampling["best_of"] = 1  # with its own seed it comes by itself
         made_by = {"model": self.bundle.source, **self.bundle.loading, "compat": self.compat, "emulus": __version__}
         schedule = {"schedule": repr(self.engine.schedule)}
         picture.info["emulus"] = json.dumps({**note, **size, **sampling, **schedule, **made_by}, ensure_ascii=False)
@@ -509,6 +474,14 @@ class Emulus(Prompter):
             ) from None
         assert isinstance(medium, Image | Video), "BOI begins a medium"
         return medium
+
+
+def _apart(seed: int, tries: int) -> list[int]:
+    """Seeds of so many pictures of which one is kept.
+
+    They are far from those of other pictures, which would otherwise choose among the same ones.
+    """
+    return [(seed + 2**32 * number) % 2**63 if number else seed for number in range(tries)]
 
 
 def _stripped(pieces: Iterable[str]) -> Generator[str]:

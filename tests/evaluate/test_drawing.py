@@ -33,7 +33,7 @@ from emulus.evaluate.drawing import (
 )
 from emulus.evaluate.held_out import Example, encode_examples
 from emulus.evaluate.neighbours import Closeness, nearest_codes, nearest_vectors
-from emulus.evaluate.report import Report, write_report
+from emulus.evaluate.report import Report, Table, write_report
 from emulus.media import image_to_pixels
 from emulus.pipeline import Emulus
 from emulus.sequence import Image, Video
@@ -209,6 +209,24 @@ def test_everything_is_measured_and_told(
     again = drawing_figures(model, held_out, known, items, dual, counts, seed=1)
     assert again is not None
     assert again[0] == figures
+
+
+def test_the_first_tries_stand_beside_the_best(
+    model: Emulus, training: list[Example], held_out: list[Example], data: Path, dual: DualEncoder
+) -> None:
+    items = open_source(data).select(split="train", kind="image")
+    counts = DrawingConfig(pictures=4, various=0, frechet=False)
+    choosy = Emulus(dataclasses.replace(model.bundle, defaults=dataclasses.replace(model.defaults, best_of=3)))
+    known = [example.tokenized for example in training]
+    made = drawing_figures(choosy, held_out, known, items, dual, counts, seed=1)
+    plain = drawing_figures(model, held_out, known, items, dual, counts, seed=1)
+    assert made is not None
+    assert plain is not None
+    assert made[0].sampling["best_of"] == 3
+    assert made[0].frechet[0].to_real["single"] == plain[0].frechet[0].to_real["drawn"]
+    assert made[0].frechet[0].to_real["drawn"] != plain[0].frechet[0].to_real["drawn"]
+    tables = [block for block in made[1].blocks if isinstance(block, Table)]
+    assert any("the same, each the first try" in row for row in tables[0].rows)
 
 
 def test_without_a_judge_and_without_pictures(model: Emulus, training: list[Example], held_out: list[Example]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ def test_points(found: Sweeps) -> None:
             point.value: point.found.top10.share for point in found.points if point.setting == setting and point.found
         }
         assert shares[best] == max(shares.values())
+
+
+def choosy(model: Emulus) -> Emulus:
+    """The same model, which keeps the best of three drawings."""
+    return Emulus(dataclasses.replace(model.bundle, defaults=dataclasses.replace(model.defaults, best_of=3)))
+
+
+def test_settings_are_compared_by_single_drawings(
+    model: Emulus, examples: list[Example], dual: DualEncoder, found: Sweeps
+) -> None:
+    again = sweeps(choosy(model), examples, dual, FEW, seed=3)
+    assert again is not None
+    assert again.defaults == {**found.defaults, "best_of": 3.0}
+    assert [p for p in again.points if p.setting != "best_of"] == [p for p in found.points if p.setting != "best_of"]
+    assert [p.value for p in again.points if p.setting == "best_of"] == [2, 3]
+    with pytest.raises(EmulusError, match="best_ofs must be at least 1"):
+        SweepConfig(best_ofs=(0,))
 
 
 def test_a_point_is_what_the_model_draws_so(

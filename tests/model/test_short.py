@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from emulus.model import short
-from emulus.model.attention import Row, attend, causal
+from emulus.model.attention import Row, attend, causal, chunk_of
 from emulus.model.short import attend_short, suits
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=5)
@@ -44,11 +47,19 @@ def test_values_and_gradients_are_those_of_the_library(
     towards = torch.randn(1, heads[0], sum(lengths), 16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(short, "MOST_QUERIES", piece)
+        short._mask.cache_clear()
         ours = with_gradients(attend_short(*inputs, lengths), inputs, towards)
     theirs = with_gradients(by_document(*wide, lengths), wide, towards)
     for mine, other in zip(ours, theirs, strict=True):
         # bfloat16 keeps eight bits; what should cancel to nothing, as with a single id, keeps that much of its parts.
         assert float((mine - other).norm()) <= 0.02 * float(other.norm()) + 0.01 * other.numel() ** 0.5
+
+
+@pytest.fixture(autouse=True)
+def own_mask() -> Iterator[None]:
+    """The mask that a test cut to another size goes with it."""
+    yield
+    short._mask.cache_clear()
 
 
 def test_no_document_sees_another() -> None:
@@ -65,8 +76,36 @@ def test_no_document_sees_another() -> None:
 def test_it_is_taken_for_training_in_bfloat16_without_dropout() -> None:
     q, k, v = drawn(40, 2)
     row = Row.whole([10, 30])
-    assert suits(q, 0.0)
-    assert torch.equal(attend(q, k, v, row), attend_short(q, k, v, [10, 30]))
-    assert not suits(q, 0.1)
-    assert not suits(q.float(), 0.0)
-    assert not suits(q.detach(), 0.0)
+    lengths = [10, 30]
+    assert suits(q, lengths, 0.0)
+    assert torch.equal(attend(q, k, v, row), attend_short(q, k, v, lengths))
+    assert not suits(q, lengths, 0.1)
+    assert not suits(q.float(), lengths, 0.0)
+    assert not suits(q.detach(), lengths, 0.0)
+    assert not suits(q, [short.LONGEST + 1], 0.0)
+
+
+def test_a_part_of_a_row_is_left_to_the_library() -> None:
+    """Where processes share a row, queries of one meet keys of others."""
+    q, k, v = drawn(40, 3)
+    row = Row(lengths=(10, 30), chunks=(chunk_of((10, 30), 20, 40),), gather=lambda tensor: tensor)
+    part = attend(q[:, :, 20:], k, v, row)
+    whole = attend(q.float(), k.float(), v.float(), Row.whole([10, 30]))[:, :, 20:]
+    assert torch.allclose(part.float(), whole, atol=0.03)
+
+
+def test_computing_again_gives_the_same_gradients() -> None:
+    inputs, towards = drawn(40, 4), torch.randn(1, 4, 40, 16).bfloat16()
+    plain = attend_short(*inputs, [10, 30])
+    again = checkpoint(attend_short, *inputs, [10, 30], use_reentrant=False)
+    for mine, other in zip(
+        torch.autograd.grad(plain, inputs, towards), torch.autograd.grad(again, inputs, towards), strict=True
+    ):
+        assert torch.equal(mine, other)
+
+
+def test_second_derivatives_are_refused() -> None:
+    q, k, v = drawn(12, 5)
+    (slope,) = torch.autograd.grad(attend_short(q, k, v, [12]).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="grad"):
+        slope.sum().backward()

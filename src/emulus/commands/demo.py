@@ -31,8 +31,9 @@ from emulus.evaluate import (
 )
 from emulus.evaluate.asking import Shown
 from emulus.evaluate.evaluate import REPORT_FILE
+from emulus.loading import load
 from emulus.log import logger
-from emulus.pipeline import Emulus, load
+from emulus.pipeline import Emulus
 from emulus.recipes.demo import demo_tiny
 from emulus.recipes.emoji import DATA
 from emulus.train.config import TrainConfig
@@ -118,8 +119,9 @@ def show(options: DemoOptions, page: Path) -> tuple[Section, ...]:
     reconstructed, *tasks = galleries(model, examples, SHOWN, seed=options.seed)
     sections = (*tasks, answers(model, even(examples, ASKED)), reconstructed)
     text = (
-        "Everything here is from items that the model was not trained on. What is shown is the first and only try; "
-        "nothing was picked by hand. Figures and learning curves follow when they are there: load this page again."
+        "Everything here is from items that the model was not trained on. What is shown is what the commands give "
+        "first; nothing was picked by hand. Figures and learning curves follow when they are there: load this page "
+        "again."
     )
     write_report(Report(title=f"Emulus: {options.model.resolve().name}", text=text, sections=sections), page)
     return sections

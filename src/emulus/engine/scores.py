@@ -55,7 +55,8 @@ def score(
     device = decoder.model.norm.weight.device
     capacity = max(row_ids, *(len(document) for document in documents)) if documents else row_ids
     rows = pack([len(document) for document in documents], capacity)
-    with evaluating(decoder):
+    # Which picture is the likeliest must not depend on whose autocast this is called under.
+    with evaluating(decoder), torch.autocast(device.type, enabled=False):
         for row in progress(rows, what=what):
             ids = torch.from_numpy(np.concatenate([documents[i] for i in row])).to(device)
             lengths = [len(documents[i]) for i in row]

@@ -94,10 +94,8 @@ def bars(
         Bar.of("Codes in use", usage, 0.5, 0.8, "{:.0%}", "by the held-out pictures and clips"),
         Bar.of("Clips, reconstructed", moving.psnr if moving else None, 25.0, 29.0, "{:.1f} dB", "mean PSNR"),
         Bar.of("A picture's caption found", to_caption, 0.3, 0.6, "{:.0%}", f"{among}, by what the picture adds to it"),
-        Bar.of("A caption's picture found", by_words, 0.3, 0.6, "{:.0%}", f"{among}, by the caption's likelihood"),
-        Bar.of(
-            "The same by the pictures' likelihoods", to_picture, 0.3, 0.6, "{:.0%}", "by what the caption adds to each"
-        ),
+        Bar.of("A caption's picture found", to_picture, 0.3, 0.6, "{:.0%}", f"{among}, by what the caption adds to it"),
+        Bar.of("The same by the caption's likelihood", by_words, 0.3, 0.6, "{:.0%}", "given each of the pictures"),
         Bar.of('"Which style?" answered right', _style(answers), 0.95, 0.99, "{:.1%}", "in the words of the data set"),
         Bar.of(
             "Frames ahead nearer than the last frame held",

@@ -167,10 +167,10 @@ def _about(found: Continuation) -> str:
     words = [
         f"The model was given the first {found.given} frames of {found.count} held-out clips {told}{guided}, and made "
         f"the next {found.ahead}, which are compared with the true ones. Beside it is what needs no model: the last "
-        "given frame held, and the given frames played again. These copy original pixels, while all that the model "
-        "makes comes from its vision tokenizer, so they are measured once more as that tokenizer shows them; the true "
-        "frames as it shows them are the most that can be hoped for. In the second comparison they stand for the "
-        "truth, so that what the tokenizer loses counts for nobody.",
+        "given frame held, and the given frames played again. These copy original pixels, while what the model makes "
+        "comes from its vision tokenizer, but where nothing moves. So all are measured once more as painted from codes "
+        "alone; the true frames painted so are the most that can be hoped for. In the second comparison they stand "
+        "for the truth, so that what the tokenizer loses counts for nobody.",
     ]
     if not found.true.versus:
         words.append(f"{NAME} was not measured: pip install 'emulus[perceptual]'.")

@@ -191,7 +191,10 @@ def continuation(
         logger.info(f"continuing {len(chosen)} clips, {way}")
         wholes = _continued(model, chosen, config, way, seed)
         from_codes[way] = [frames[given:] for frames in wholes]
-        made[way] = [_with_given(model, *each, given) for each in zip(wholes, chosen, strict=True)]
+        made[way] = [
+            keep_still(frames, to_pixels(clip.frames[:given]), cell=model.vision.config.spatial_factor)
+            for frames, clip in zip(wholes, chosen, strict=True)
+        ]
     beside = _without_model(model, chosen, given)
     figures = Continuation(
         count=len(chosen),
@@ -248,12 +251,6 @@ def _continued(
 
     model.engine.generate(requests, batch_size=model.options.batch_size, on_event=collect)
     return [painted(model.vision, torch.cat(each)) for each in codes]
-
-
-def _with_given(model: Emulus, whole: Pixels, clip: Example, given: int) -> Pixels:
-    """The frames ahead as :meth:`Emulus.continue_video` shows them, with given pixels where nothing has moved."""
-    last = to_pixels(clip.frames[given - 1 : given])[0]
-    return keep_still(whole[given:], whole[given - 1], last, cell=model.vision.config.spatial_factor)
 
 
 def _encoded(model: Emulus, frames: UInt8[Tensor, "t 3 h w"]) -> Int[Tensor, "k h w"]:

@@ -28,7 +28,6 @@ from emulus.data.source import Item, even
 from emulus.data.tokens import TokenizedItem
 from emulus.dual import DualEncoder
 from emulus.dual.names import Names, ranks
-from emulus.engine import Request
 from emulus.errors import at_least
 from emulus.evaluate.choice import Accuracy
 from emulus.evaluate.doodles import doodles
@@ -49,9 +48,8 @@ from emulus.evaluate.neighbours import Closeness, Nearest, Neighbours, Pair, nea
 from emulus.evaluate.report import Section
 from emulus.log import logger, progress
 from emulus.media import pixels_to_image
-from emulus.pipeline import Emulus, seeds
-from emulus.sampling.params import SamplingParams
-from emulus.sequence import Image, templates
+from emulus.pipeline import Drawn, Emulus
+from emulus.sequence import Image
 from emulus.tokenizer.vision import VisionTokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
@@ -180,28 +178,8 @@ def draw(
         best_of: How many are drawn of which the model keeps one; the model's own by default.
         sampling: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale``; the model's own by default.
     """
-    defaults, factor = model.defaults, model.vision.config.spatial_factor
-    own = {name: getattr(defaults, name) for name in SAMPLING}
-    rows, columns = defaults.height // factor, defaults.width // factor
-    tries = best_of or defaults.best_of
-    requests = []
-    for place, caption in enumerate(captions):
-        prompt = templates.draw(
-            model.grammar, caption, rows, columns, negative=defaults.negative_prompt, wording=model.preset.wording
-        )
-        for each in seeds(seed + place, tries):
-            params = SamplingParams(**{**own, **sampling, "seed": each})
-            requests.append(Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=params))
-    results = model.engine.generate(requests, batch_size=model.options.batch_size)
-    start, stop = model.grammar.vocabulary.visual_range
-    drawn = [
-        Image(torch.tensor([id - start for id in result.ids if start <= id < stop]).reshape(rows, columns))
-        for result in results
-    ]
-    choices = (drawn[first : first + tries] for first in range(0, len(drawn), tries))
-    codes = tuple(
-        several[model.likeliest(caption, several)] for caption, several in zip(captions, choices, strict=True)
-    )
+    drawn = model.draw_codes(captions, [seed + place for place in range(len(captions))], best_of=best_of, **sampling)
+    codes = tuple(codes_of(drawn))
     return Drawings(captions=tuple(captions), codes=codes, pixels=paint(model.vision, codes))
 
 
@@ -219,9 +197,10 @@ def pixels_of(examples: Sequence[Example]) -> Pixels:
     return to_pixels(torch.cat([example.frames[:1] for example in examples]))
 
 
-def codes_of(items: Iterable[Example | TokenizedItem]) -> list[Image]:
+def codes_of(items: Iterable[Example | TokenizedItem | Drawn]) -> list[Image]:
     """Codes of those that are pictures."""
-    return [medium for item in items if isinstance(medium := item.media, Image)]
+    media = (item.codes if isinstance(item, Drawn) else item.media for item in items)
+    return [medium for medium in media if isinstance(medium, Image)]
 
 
 def _two_sets(pictures: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:

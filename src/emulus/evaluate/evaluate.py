@@ -33,8 +33,9 @@ from emulus.evaluate.report import Report, Section, Text, write_report
 from emulus.evaluate.summary import Measurements, bars_section, figures_section
 from emulus.evaluate.sweeps import SweepConfig, sweeps, sweeps_section
 from emulus.files import write_json
+from emulus.loading import load
 from emulus.log import logger
-from emulus.pipeline import Emulus, load
+from emulus.pipeline import Emulus
 from emulus.sequence import Image, Video
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.weights import find_model
@@ -78,7 +79,7 @@ class EvaluateConfig:
         choice_size: Pictures in a group.
         rank_groups: Groups to choose captions among, of one style and of mixed styles each.
         rank_size: Pictures in such a group.
-        sweeps: Captions that are drawn at each of a dozen settings.
+        sweeps: Captions that are drawn at each of some fifteen settings.
         show: How much the report shows.
         runs: Training runs whose curves the report shows; the model's own is found by itself.
         device: ``auto``, ``cpu``, ``cuda`` ...
@@ -199,8 +200,8 @@ def evaluate(config: EvaluateConfig, *, more: Sequence[Section] = ()) -> dict[st
     write_json(config.out / FIGURES_FILE, figures)
     report = Report(
         title=config.title or f"Emulus: {config.model.resolve().name}",
-        text="Everything here is from items that the model was not trained on. What is shown is the first and only "
-        f"try; nothing was picked by hand. Made in {time.monotonic() - started:,.0f} seconds.",
+        text="Everything here is from items that the model was not trained on. What is shown is what the model "
+        f"gives first; nothing was picked by hand. Made in {time.monotonic() - started:,.0f} seconds.",
         sections=(
             bars_section(found, _about_bars(config, measured)),
             figures_section(measured, _about_figures(config, measured)),

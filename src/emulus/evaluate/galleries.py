@@ -99,10 +99,12 @@ def drawn_pictures(model: Emulus, examples: Sequence[Example], *, seed: int = 0)
         return None
     logger.info(f"drawing {len(examples)} pictures")
     drawn = model.generate_images([example.caption for example in examples], seed=seed)
+    several = model.defaults.best_of
+    tries = "One try each" if several == 1 else f"Of {several} tries each the one that the model kept"
     return _section(
         "Pictures drawn from names",
         "The words under a picture are all that the model was given. The true picture, which it never saw, stands "
-        f"beside it. One try each, seed {seed}.",
+        f"beside it. {tries}, seed {seed}.",
         [_beside_truth(media, example) for media, example in zip(drawn, examples, strict=True)],
     )
 

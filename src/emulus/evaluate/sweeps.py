@@ -49,6 +49,8 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         at_least(2, drawings=self.drawings)
+        for value in self.best_ofs:
+            at_least(1, best_ofs=value)
 
 
 @dataclass(frozen=True, kw_only=True)

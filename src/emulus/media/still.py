@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+_NEAR = 3
+"""Side in pixels of a neighbourhood."""
 _LEAST = 0.2
 """Change of a colour, of the range of 2, below which a neighbourhood stands still."""
 _RAMP = 0.1
@@ -13,29 +15,26 @@ _RAMP = 0.1
 
 
 def keep_still(
-    frames: Float[Tensor, "t 3 h w"],
-    painted: Float[Tensor, "3 h w"],
-    given: Float[Tensor, "3 h w"],
-    *,
-    cell: int,
-) -> Float[Tensor, "t 3 h w"]:
+    painted: Float[Tensor, "t 3 h w"], given: Float[Tensor, "n 3 h w"], *, cell: int
+) -> Float[Tensor, "further 3 h w"]:
     """Show the last given frame itself wherever the frames after it show what a painting of it shows.
 
     A vision tokenizer loses detail, which would be seen as a jump where the given frames end. What moves has no given
-    pixels and is left as it was painted.
+    pixels and is left as it was painted; so is what is near it, for it may have been moved by a part of a code.
 
     Args:
-        frames: What follows, as painted from codes, in [-1, 1].
-        painted: The last given frame, as painted from its codes.
-        given: The last given frame itself.
-        cell: Side in pixels of what one code stands for; change is averaged over about as much.
+        painted: A whole clip as painted from codes, in [-1, 1].
+        given: The frames that it begins with, as they were given.
+        cell: Side in pixels of what one code stands for.
 
     Returns:
-        The frames, composed of both.
+        What follows the given frames, composed of both.
     """
-    change = (frames - painted).abs().amax(1, keepdim=True)
-    # An odd window is centred.
+    last, ahead = painted[len(given) - 1], painted[len(given) :]
+    change = (ahead - last).abs().amax(1, keepdim=True)
+    # Single pixels flicker; what is as small as two by two moves.
+    change = F.avg_pool2d(change, _NEAR, stride=1, padding=_NEAR // 2, count_include_pad=False)
     around = cell // 2
-    near = F.avg_pool2d(change, 2 * around + 1, stride=1, padding=around, count_include_pad=False)
-    moved = ((near - _LEAST) / _RAMP).clamp(0, 1)
-    return given + moved * (frames - given)
+    change = F.max_pool2d(change, 2 * around + 1, stride=1, padding=around)
+    moved = ((change - _LEAST) / _RAMP).clamp(0, 1)
+    return given[-1] + moved * (ahead - given[-1])

@@ -149,11 +149,11 @@ def causal(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, row: Row, chunk: Chunk, dropout: float) -> Tensor:
     """Each document by itself, so that none can see another."""
-    if suits(q, dropout) and all(piece.queries == piece.keys for piece in chunk.pieces):
-        return attend_short(q, k, v, [piece.queries for piece in chunk.pieces])
+    queries, keys = (list(lengths) for lengths in zip(*chunk.pieces, strict=True))
+    if queries == keys and suits(q, keys, dropout):
+        return attend_short(q, k, v, keys)
     if len(chunk.pieces) == 1:
         return causal(q, k, v, dropout)
-    queries, keys = (list(lengths) for lengths in zip(*chunk.pieces, strict=True))
     parts = zip(q.split(queries, dim=2), k.split(keys, dim=2), v.split(keys, dim=2), strict=True)
     return torch.cat([causal(*part, dropout) for part in parts], dim=2)
 

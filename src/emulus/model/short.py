@@ -14,14 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MOST_QUERIES = 192
 """Of a piece."""
+LONGEST = 1536
+"""Ids of a document."""
 
 
-def suits(q: Tensor, dropout: float) -> bool:
-    """Whether :func:`attend_short` is the faster way: bfloat16 on a CPU, with gradients and without dropout."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and not dropout
+def suits(q: Tensor, lengths: Sequence[int], dropout: float) -> bool:
+    """Whether :func:`attend_short` is the better way: bfloat16 on a CPU, with gradients and without dropout.
+
+    For the backward pass it keeps a number for each pair of a document's ids, so long ones are not for it.
+    """
+    trains = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and not dropout
+    return trains and max(lengths) <= LONGEST
 
 
 def attend_short(
@@ -54,7 +61,10 @@ class _ShortAttention(torch.autograd.Function):
         for piece in _pieces(lengths):
             keys, values = k[:, piece.keys], v[:, piece.keys]
             queries = _grouped(q[:, piece.queries], len(keys))
-            scores = torch.bmm(queries, keys.mT).float().add_(_mask(piece.rows, keys.shape[1], len(q) // len(k)))
+            scores = torch.bmm(queries, keys.mT).float()
+            # The queries are the last of the keys: each but the last must not look at some of these.
+            rows = piece.rows
+            scores.view(len(k), -1, rows, keys.shape[1])[..., -rows:] += _mask()[:rows, :rows]
             weight = scores.softmax(-1).to(q.dtype)
             into = out[:, piece.queries]
             into.copy_(torch.bmm(weight, values).view_as(into))
@@ -64,6 +74,7 @@ class _ShortAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, *weights = ctx.saved_tensors
         d_out = grads[0].to(q.dtype)
@@ -110,7 +121,7 @@ def _grouped(x: Float[Tensor, "heads n width"], groups: int) -> Float[Tensor, "g
     return x.reshape(groups, -1, x.shape[-1])
 
 
-@lru_cache(maxsize=1024)
-def _mask(queries: int, keys: int, shared: int) -> Float[Tensor, "rows keys"]:
-    """Minus infinity where a query, of one of the heads below one another, must not look: the queries are the last."""
-    return torch.full((queries, keys), -torch.inf).triu(1 + keys - queries).repeat(shared, 1)
+@lru_cache(maxsize=1)
+def _mask() -> Float[Tensor, "queries keys"]:
+    """Minus infinity above the diagonal."""
+    return torch.full((MOST_QUERIES, MOST_QUERIES), -torch.inf).triu(1)

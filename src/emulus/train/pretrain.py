@@ -308,7 +308,7 @@ class PretrainObjective(Objective[Batch, Decoder]):
             model = self._plain({name: tensor.to(self.device) for name, tensor in tensors.items()})
         whole = self._whole(model)
         true = [whole.decode(item.media) for item in chosen]
-        drawn = whole.generate_images([item.captions[0] for item in chosen])
+        drawn = whole.generate_images([item.captions[0] for item in chosen], best_of=1)
         width, height = drawn[0].size
         sheet = PIL.Image.new("RGB", (width * len(chosen), 2 * height))
         for place, picture in enumerate([*true, *drawn]):
