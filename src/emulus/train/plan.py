@@ -93,7 +93,9 @@ def memory_per_process(
       block's backward pass does, ``n (3 c f + 2 r h)``.
 
     Compiled blocks keep less. The GPU's own share (about 1 GiB), what is lost between blocks of memory, and the weights
-    of attention that CPUs keep in bfloat16 (2 bytes for each head and pair of a short document's ids) are not counted. Six steps of models of 3 to 25 M parameters on a CPU took up to 16 % less than this, and none took more.
+    of attention that CPUs keep in bfloat16 (2 bytes for each head and pair of a short document's ids) are not counted.
+    Six steps of models of 3 to 25 M parameters on a CPU, without the latter, took up to 16 % less than this, and none
+    more.
 
     Args:
         shape: The decoder.
