@@ -314,7 +314,9 @@ class PretrainObjective(Objective[Batch, Decoder]):
         for place, picture in enumerate([*true, *drawn]):
             assert isinstance(picture, PIL.Image.Image), "clips were not chosen"
             row, column = divmod(place, len(chosen))
-            sheet.paste(picture, (column * width, row * height))
+            # Tokens of several sizes may be mixed; what is drawn has the model's own.
+            whole_cell = picture.resize((width, height), PIL.Image.Resampling.NEAREST)
+            sheet.paste(whole_cell, (column * width, row * height))
         return {"drawn": sheet}
 
 
