@@ -8,7 +8,7 @@ from torch import Tensor
 
 _NEAR = 3
 """Side in pixels of a neighbourhood."""
-_LEAST = 0.2
+_LEAST = 0.3
 """Change of a colour, of the range of 2, below which a neighbourhood stands still."""
 _RAMP = 0.1
 """Change beyond that over which the given pixels fade out."""
