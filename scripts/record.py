@@ -26,6 +26,8 @@ KEPT = ("step", "kind", "loss", "text", "visual", "grad_norm", "learning_rate", 
 CURVES_FILE = "curves.svg"
 _TITLE = 24
 """Height of a chart's title."""
+_COLOURS = ("blue", "orange")
+"""Names of what the style gives."""
 _STYLE = (
     ".tick{font:12px sans-serif;fill:#57606a}.end{text-anchor:end}.middle{text-anchor:middle}.grid{stroke:#d0d7de}"
     ".line{fill:none;stroke-width:1.8}.c0{stroke:#0969da}.c1{stroke:#bc4c00}.dot{stroke:none}.dot.c0{fill:#0969da}"
@@ -92,13 +94,19 @@ def _charts(lines: Lines) -> list[Chart]:
     return [] if curves is None else list(curves.charts)
 
 
+def _title(chart: Chart) -> str:
+    """What is shown, and by which colour where there are several."""
+    series = dict.fromkeys((line.colour, line.name.partition(",")[0]) for line in chart.lines)
+    names = ", ".join(f"{_COLOURS[colour]} {name}" for colour, name in series)
+    return f"{chart.title}, {chart.y}: {names if len(series) > 1 else 'line training, points held out'}"
+
+
 def drawn(charts: Sequence[Chart]) -> str:
     """Charts as one picture, two in a row."""
     parts = []
     for place, chart in enumerate(charts):
         x, y = place % 2 * WIDTH, place // 2 * (HEIGHT + _TITLE)
-        names = " and ".join(dict.fromkeys(line.name for line in chart.lines))
-        parts.append(f'<text class="title" x="{x + 46}" y="{y + 16}">{chart.title}, {chart.y}: {names}</text>')
+        parts.append(f'<text class="title" x="{x + 46}" y="{y + 16}">{_title(chart)}</text>')
         inner = draw_chart(chart).replace("<svg ", f'<svg x="{x}" y="{y + 20}" width="{WIDTH}" height="{HEIGHT}" ', 1)
         parts.append(inner)
     height = (len(charts) + 1) // 2 * (HEIGHT + _TITLE)

@@ -39,7 +39,7 @@ def test_steps_count_on_and_tokens_add_up(tmp_path: Path) -> None:
     assert lines[0]["visual"] == 0.666667
     assert "seconds" not in lines[0]
     picture = ElementTree.parse(model / CURVES_FILE).getroot()
-    assert "Visual ids" in "".join(picture.itertext())
+    assert "Visual ids, bits per id: line training, points held out" in list(picture.itertext())
 
 
 def test_steps_that_were_done_again_count_once() -> None:
