@@ -40,10 +40,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) ->
     ("text", "message"),
     [
         ("stepz: 7", "did you mean 'steps'"),
-        ("steps: many", "'many' is not int"),
-        ("steps: true", "True is not int"),
+        ("steps: many", "must be a whole number, got the text 'many'"),
+        ("steps: true", "must be a whole number, got the boolean True"),
         ("schedule: linear", "cosine, wsd"),
-        ("[1, 2]", "expected fields"),
+        ("[1, 2]", "holds a list, not fields"),
         ("steps: -1", "must be at least 1"),
         ("a: [", "not valid YAML"),
     ],
@@ -57,7 +57,7 @@ def test_wrong_files_get_one_line(text: str, message: str, tmp_path: Path) -> No
 
 
 def test_a_missing_file() -> None:
-    with pytest.raises(EmulusError, match="no config file"):
+    with pytest.raises(EmulusError, match="nowhere.yaml is missing"):
         from_flags(TrainConfig(), ["--config", "nowhere.yaml"], program="test")
     with pytest.raises(EmulusError, match="needs a file"):
         from_flags(TrainConfig(), ["--config"], program="test")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 import yaml
 
-from emulus.errors import EmulusError, did_you_mean
-from emulus.files import write_text
+from emulus.codec import MAX_YAML_BYTES, as_mapping, decode, parse_yaml
+from emulus.errors import EmulusError, did_you_mean, shown
+from emulus.files import read_bytes, write_text
 
 Config = TypeVar("Config")
 
@@ -38,43 +38,20 @@ def merge(base: Config, values: Any, where: str) -> Config:
     Raises:
         EmulusError: An unknown field, or a value that the field cannot hold.
     """
-    if not isinstance(values, Mapping):
-        raise EmulusError(f"{where}: expected fields with values, got {values!r}")
     kinds = typing.get_type_hints(type(base))
     changes = {}
-    for name, value in values.items():
+    for name, value in as_mapping(values, where).items():
         if name not in kinds:
-            raise EmulusError(f"{where}: unknown field {name!r}{did_you_mean(str(name), kinds)}")
+            raise EmulusError(f"{where}: unknown field {shown(name)}{did_you_mean(name, kinds)}")
         old = getattr(base, name)
         if dataclasses.is_dataclass(old):
             changes[name] = merge(old, value, f"{where}, {name}")
         else:
-            changes[name] = _convert(value, kinds[name], f"{where}, {name}")
-    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
-
-
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """A YAML value as the type of a field."""
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(value, next(o for o in options if o is not type(None)), where)
-    if origin is typing.Literal:
-        if value not in options:
-            raise EmulusError(f"{where}: {value!r} is not one of {', '.join(map(str, options))}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(element, options[0], where) for element in value)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    # YAML reads 1e-3 as a string, since it has no dot.
-    if kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    raise EmulusError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
+            changes[name] = decode(kinds[name], value, f"{where}, {name}")
+    try:
+        return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+    except EmulusError as error:
+        raise EmulusError(f"{where}: {error}") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -83,14 +60,12 @@ def read_yaml(path: Path) -> Any:
     Raises:
         EmulusError: It is missing or is not YAML.
     """
+    content = read_bytes(path, most=MAX_YAML_BYTES)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EmulusError(f"there is no config file {path}") from None
-    except OSError as error:
-        raise EmulusError(f"{path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EmulusError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise EmulusError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
+    return parse_yaml(text, str(path))
 
 
 def write_yaml(path: Path, config: Any) -> None:

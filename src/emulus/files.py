@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from emulus.codec import check_not_lfs, parse_json
 from emulus.errors import EmulusError
 
+MAX_JSON_BYTES = 2**28
+"""The largest tokenizer.json have some 30 MB."""
 COMPLETE = "COMPLETE"
 
 
@@ -79,22 +82,38 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_bytes(path: Path, *, most: int) -> bytes:
+    """Read a whole file of bounded size.
+
+    Args:
+        path: A regular file: a device or pipe would never end.
+        most: Bytes that it may have.
 
     Raises:
-        EmulusError: The file is missing or is not JSON.
+        EmulusError: It is missing, no regular file, too large, a Git LFS pointer, or cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise EmulusError(f"{path} cannot be read: it is not a regular file; name a file")
+        with path.open("rb") as file:
+            content = file.read(most + 1)
     except FileNotFoundError:
         raise EmulusError(f"{path} is missing") from None
-    except OSError as error:
-        raise EmulusError(f"{path} cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EmulusError(
-            f"{path} is not valid JSON ({error}); it may be truncated: restore it from its source"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise EmulusError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(content) > most:
+        raise EmulusError(f"{path} has more than the {most:,} bytes that such a file may have")
+    check_not_lfs(content[:200], path)
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, strictly (see :func:`emulus.codec.parse_json`).
+
+    Raises:
+        EmulusError: The file is missing, too large or not valid JSON.
+    """
+    return parse_json(read_bytes(path, most=MAX_JSON_BYTES), str(path))
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from emulus.errors import one_line
+
 T = TypeVar("T")
 
 # Always a rate, where tqdm would turn a slow one into seconds for each.
@@ -17,10 +19,17 @@ _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fm
 logger = logging.getLogger("emulus")
 
 
+class _OneLine(logging.Formatter):
+    """Names from outside must not break a line or move the cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(record.getMessage())
+
+
 def set_up_logging() -> None:
     """Send the package's messages to stderr, one plain line each."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_OneLine())
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
