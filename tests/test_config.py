@@ -57,7 +57,7 @@ def test_wrong_files_get_one_line(text: str, message: str, tmp_path: Path) -> No
 
 
 def test_a_missing_file() -> None:
-    with pytest.raises(EmulusError, match="nowhere.yaml is missing"):
+    with pytest.raises(EmulusError, match=r"nowhere\.yaml is missing"):
         from_flags(TrainConfig(), ["--config", "nowhere.yaml"], program="test")
     with pytest.raises(EmulusError, match="needs a file"):
         from_flags(TrainConfig(), ["--config"], program="test")
