@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -24,6 +25,7 @@ from emulus.errors import EmulusError
 from emulus.placement import free_memory
 from emulus.sampling.draw import Question, Ranges, choose
 from emulus.sequence.grammar import Grammar
+from emulus.threads import spare_threads
 
 # What is left to others of the memory that is free when the engine begins.
 _SHARE = 0.9
@@ -205,7 +207,9 @@ class Scheduler:
         others took), nothing of it has happened: it can be made again, or :meth:`close` gives everything back.
         """
         device = self._runner.device.type
-        with self._lock, torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
+        # Busy CPUs are left to others where ids do not depend on the number of threads.
+        threads = spare_threads() if self._runner.steady else nullcontext()
+        with self._lock, threads, torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
             return self._step()
 
     def _step(self) -> list[Event]:
