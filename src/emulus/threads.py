@@ -140,13 +140,34 @@ def spare_threads() -> Iterator[int]:
     """
     import torch
 
-    usual = torch.get_num_threads()
-    spare = _load.spare(usual)
-    if spare == usual:
-        yield usual
+    with _num_threads(_load.spare(torch.get_num_threads())) as count:
+        yield count
+
+
+@contextmanager
+def one_thread(when: bool = True) -> Iterator[None]:
+    """Let torch use one thread only, in this thread of Python, for work so small that others do not pay.
+
+    Args:
+        when: Whether to; else nothing changes.
+    """
+    if not when:
+        yield
         return
-    torch.set_num_threads(spare)
+    with _num_threads(1):
+        yield
+
+
+@contextmanager
+def _num_threads(count: int) -> Iterator[int]:
+    import torch
+
+    usual = torch.get_num_threads()
+    if count == usual:
+        yield count
+        return
+    torch.set_num_threads(count)
     try:
-        yield spare
+        yield count
     finally:
         torch.set_num_threads(usual)

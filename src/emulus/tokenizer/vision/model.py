@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from emulus.errors import EmulusError
+from emulus.threads import one_thread
 from emulus.tokenizer.vision.blocks import CausalConv3d, Past, heavy_convolutions
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.decoder import Decoder
@@ -18,6 +19,8 @@ from emulus.tokenizer.vision.quantizer import Quantizer
 
 # Pixels that the spatial layers take together: pictures and frames that are more go through one after the other.
 PIECE_PIXELS = 2**18
+# So few pixels are decoded by one thread: a second one gains little, and on a busy machine both wait for each other.
+ONE_THREAD_PIXELS = 2**15
 
 
 class VisionTokenizer(nn.Module):
@@ -119,8 +122,10 @@ class VisionTokenizer(nn.Module):
         if codes.ndim not in (3, 4):
             raise EmulusError(f"codes must be (B, h, w) or (B, t, h, w), got shape {tuple(codes.shape)}")
         is_image = codes.ndim == 3
-        vectors = self._vectors(codes[:, None] if is_image else codes)
-        return self.paint(vectors, is_image=is_image).to(self.dtype)
+        pixels = codes.numel() * self.config.spatial_factor**2 * (1 if is_image else self.config.temporal_factor)
+        with one_thread(pixels <= ONE_THREAD_PIXELS):
+            vectors = self._vectors(codes[:, None] if is_image else codes)
+            return self.paint(vectors, is_image=is_image).to(self.dtype)
 
     def to_bfloat16(self, *, encoder: bool = False) -> VisionTokenizer:
         """Hold nearly all weights in bfloat16, in place: half the memory and about twice the speed, for inference only.
