@@ -1,7 +1,7 @@
 """Damage small real files at random and read them: the result is a value or one clear line, never anything else.
 
-    python scripts/fuzz.py --inputs 20000 --workers 2
-    python scripts/fuzz.py --kinds image clip --inputs 500 --first 120 --keep found
+    python -m scripts.fuzz --inputs 20000 --workers 2
+    python -m scripts.fuzz --kinds image clip --inputs 500 --first 120 --keep found
 
 Every input is a function of its kind and number, so a finding can be made again. Each worker is a process of its own
 that is killed and counted as a hang when one input takes longer than ``--patience``. Prints a table; exit status 1 if
@@ -29,15 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HOME = Path(__file__).parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(HOME))
-
 from emulus.errors import MAX_MESSAGE, EmulusError
 from emulus.log import logger
 from scripts.fuzz_kinds import KINDS, Kind
 from scripts.fuzz_mutations import damaged
 
+HOME = Path(__file__).parents[1]
+WORKER = (sys.executable, "-m", "scripts.fuzz")
 MOST_MEMORY = 2 * 2**30
 """Bytes by which the reading of a file of some kilobytes may raise a process's highest memory."""
 
@@ -185,7 +183,7 @@ def watch(name: str, samples: Path, numbers: range, tally: Tally, patience: floa
     """Have a process try inputs; kill it when one takes too long, and go on with the next in another."""
     first = numbers.start
     while first < numbers.stop:
-        command = [sys.executable, __file__, "--work", name, "--samples", str(samples), "--first", str(first)]
+        command = [*WORKER, "--work", name, "--samples", str(samples), "--first", str(first)]
         command += ["--inputs", str(numbers.stop - first), *(["--keep", str(keep)] if keep else [])]
         environment = {
             **os.environ,
@@ -193,7 +191,7 @@ def watch(name: str, samples: Path, numbers: range, tally: Tally, patience: floa
             "PYTHONPATH": os.pathsep.join([str(HOME), str(HOME / "src")]),
         }
         worker = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=HOME
         )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_feed, args=(worker, lines), daemon=True).start()

@@ -31,7 +31,7 @@ from emulus.data.tokens import Tokens
 from emulus.errors import EmulusError
 from emulus.evaluate.report import write_report
 from emulus.evaluate.run_report import run_report
-from emulus.layouts import convert
+from emulus.layouts import Layout, convert
 from emulus.media import Clip, read_image, read_media, write_video
 from emulus.model import Decoder, sized
 from emulus.presets import GenerationDefaults
@@ -128,6 +128,7 @@ def _write_film(frames: Iterable[PIL.Image.Image], path: Path, codec: str) -> No
 
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, rate=8)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = 24, 16
         stream.pix_fmt = "argb" if codec == "qtrle" else "yuv420p"
         for frame in frames:
@@ -253,7 +254,8 @@ def make_models(folder: Path) -> None:
     """The same tiny model in our layout, and one like the released in the released and in transformers' layout."""
     save_bundle(_bundle(), folder / "0")
     golden = HOME / "tests/golden"
-    for number, to in ((1, "released"), (2, "transformers")):
+    layouts: tuple[Layout, ...] = ("released", "transformers")
+    for number, to in enumerate(layouts, start=1):
         shutil.copytree(golden / "decoder", folder / f"{number}.tmp")
         shutil.copytree(golden / "vision", folder / f"{number}.tmp/vision")
         convert(folder / f"{number}.tmp", folder / str(number), to=to)
@@ -265,7 +267,7 @@ HOME = Path(__file__).parents[1]
 
 def read_models(folder: Path, name: str) -> Iterator[object]:
     """What ``emulus info`` says, and the model."""
-    yield info([str(folder)])
+    info([str(folder)])
     yield emulus.load(folder, device="cpu")
 
 
@@ -319,7 +321,7 @@ def make_runs(folder: Path) -> None:
 
 def read_runs(folder: Path, name: str) -> Iterator[object]:
     """The report of the run, and the run resumed."""
-    yield write_report(run_report(folder), folder / "report.html")
+    write_report(run_report(folder), folder / "report.html")
     yield pretrain(_run_config(next(folder.parents[1].glob("run-tokens")), folder))
 
 

@@ -11,17 +11,19 @@ from typing import Any
 TEXTUAL = (".json", ".jsonl", ".yaml", ".csv", ".txt", ".tiktoken", ".md")
 
 HOSTILE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.0, 1e-300, 1e308, float("inf"), float("-inf"), float("nan"), 2**31, 2**63, 10**30,
-    10**400, "", " ", "x", "\n", "a\nb", "\x1b[2J", "\0", "../x", "/etc/passwd", "x" * 5000, "é" * 300, "\ud800", "1", "nan",
-    [], {}, [None], [[]], [0] * 5000, {"a": {}}, ["x", 1], "train", "float32",
-)  # fmt: skip
+    *(None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.0, 1e-300, 1e308, float("inf"), float("-inf"), float("nan")),
+    *(2**31, 2**63, 10**30, 10**400),
+    *("", " ", "x", "\n", "a\nb", "\x1b[2J", "\0", "../x", "/etc/passwd", "x" * 5000, "é" * 300, "\ud800", "1", "nan"),
+    *([], {}, [None], [[]], [0] * 5000, {"a": {}}, ["x", 1], "train", "float32"),
+)
 """Values that stand where others are expected."""
 
 RAW: tuple[bytes, ...] = (
-    b"[" * 3000, b"{" * 3000, b"9" * 5000, b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\x1b[2J", b"&a [*a]\n", b"!!bool x\n",
-    b"!!int ''\n", b"out: 2001-01-01T99:99:99Z\n", b"? [a]\n", b"\"", b"'", b",", b":", b"}", b"]", b"NaN", b"1e999", b"-",
-    b"\\ud800", b"<html>", b"version https://git-lfs.github.com/spec/v1\n",
-)  # fmt: skip
+    *(b"[" * 3000, b"{" * 3000, b"9" * 5000, b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\x1b[2J", b"&a [*a]\n"),
+    *(b"!!bool x\n", b"!!int ''\n", b"out: 2001-01-01T99:99:99Z\n", b"? [a]\n", b'"', b"'", b",", b":", b"}", b"]"),
+    *(b"NaN", b"1e999", b"-", b"\\ud800", b"<html>", b"version https://git-lfs.github.com/spec/v1\n"),
+)
+"""Pieces of text that parsers stumble over."""
 
 
 def damaged(content: bytes, name: str, luck: Random, others: Sequence[bytes] = ()) -> bytes:
@@ -143,5 +145,6 @@ def _replace_all(content: bytes, luck: Random, others: Sequence[bytes]) -> bytes
 
 
 _BYTES: tuple[Callable[[bytes, Random, Sequence[bytes]], bytes], ...] = (
-    _flip, _flip, _flip, _overwrite, _overwrite, _number, _number, _cut, _remove, _repeat, _insert, _splice, _replace_all,
-)  # fmt: skip
+    *(_flip, _flip, _flip, _overwrite, _overwrite, _number, _number),
+    *(_cut, _remove, _repeat, _insert, _splice, _replace_all),
+)
