@@ -23,9 +23,12 @@ ctxt 99
 TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
+OWN = ("OMP_", "GOMP_", "KMP_", "ONEDNN_", "LRU_")
+
+
 def environment_of(code: str, **more: str) -> str:
-    """What a fresh process prints; its environment has none of OpenMP's settings but ``more``."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    """What a fresh process prints; its environment has no settings of these libraries but ``more``."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OWN)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**environment, **more}, check=True
     )
@@ -47,6 +50,31 @@ def test_what_the_environment_says_holds() -> None:
 
 def test_nothing_is_set_once_torch_is_there() -> None:
     assert environment_of(f"import sys; sys.modules['torch'] = sys; import emulus; {SHOW}") == "None None"
+
+
+MANY_LENGTHS = """
+import emulus, torch
+from pathlib import Path
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+torch.set_num_threads(1)
+layer = torch.nn.Linear(256, 704, bias=False)
+sizes = []
+for tokens in range(600, 1500, 3):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(1, tokens, 256, requires_grad=True)).sum().backward()
+    sizes.append(held())
+print(sizes[-1] - sizes[len(sizes) // 3])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory is held")
+def test_memory_does_not_grow_with_the_lengths_of_what_is_trained_on() -> None:
+    grown = float(environment_of(MANY_LENGTHS))
+    assert grown < 150, f"{grown:.0f} MiB more for 200 further lengths"
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from emulus.errors import EmulusError
-from emulus.threads import set_openmp_defaults
+from emulus.threads import set_library_defaults
 
 if TYPE_CHECKING:
     from emulus.loading import load
     from emulus.pipeline import Emulus
 
-# OpenMP reads its settings when torch loads it.
-set_openmp_defaults()
+# Before torch is imported: OpenMP reads its settings when torch loads it.
+set_library_defaults()
 
 __version__ = "0.1.0"
 __all__ = ["Emulus", "EmulusError", "__version__", "load"]

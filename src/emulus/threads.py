@@ -20,16 +20,23 @@ from pathlib import Path
 
 SPIN_COUNT = "5000"
 """Rounds of GNU OpenMP's waiting loop, some 0.1 ms: as quick as any longer wait on a quiet machine."""
+PRIMITIVES = "128"
+"""Products that oneDNN and torch's layer above it keep compiled, each for one shape. A row of training has some hundred
+shapes, a new one for each length of a document; by default 1,024 stay, of 0.5 MB each, in every thread."""
 _LOOK_EVERY = 0.25
 """Seconds between two looks at the machine's load: the counters have a resolution of 0.01 s."""
 _STAT = Path("/proc/stat")
 
 
-def set_openmp_defaults() -> None:
-    """Bound how long OpenMP's threads wait awake, and how many there are in a container, unless the environment says.
+def set_library_defaults() -> None:
+    """Bound what the libraries below torch take of a machine, unless the environment has settings of its own.
 
-    It has an effect only before torch is imported, since OpenMP reads the environment when it is loaded.
+    That is how long OpenMP's threads wait awake, how many there are in a container, and how many compiled products
+    oneDNN keeps. OpenMP reads the environment when it is loaded, so torch must be imported later; oneDNN when it is
+    first used.
     """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, PRIMITIVES)
     if "torch" in sys.modules:
         return
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
