@@ -3,24 +3,14 @@
 Pixels are float32 ``(..., 3, height, width)`` in [-1, 1]; a clip's are ``(frames, 3, height, width)``.
 """
 
+from emulus.media.clip import Clip, clip_to_pixels, pixels_to_clip, resample
 from emulus.media.image import image_to_pixels, pixels_to_image, read_image, write_image
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import fit, generation_size, resize, smart_resize
 from emulus.media.signatures import media_type
 from emulus.media.source import ImageSource, Source
 from emulus.media.still import keep_still
-from emulus.media.video import (
-    Clip,
-    MediaSource,
-    check_writable,
-    clip_to_pixels,
-    is_video,
-    pixels_to_clip,
-    read_media,
-    read_video,
-    resample,
-    write_video,
-)
+from emulus.media.video import MediaSource, check_writable, is_video, read_media, read_video, write_video
 
 __all__ = [
     "LIMITS",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -9,20 +11,17 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image, ImageFile
+from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emulus.errors import EmulusError, did_you_mean
 from emulus.files import write_file
+from emulus.media.display import WHITE, Colour, display, look_of
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.signatures import HEAD, image_format
 from emulus.media.source import ImageSource, decoding, encoding, given_image, name_of, opened
-
-Colour = tuple[int, int, int]
-"""Red, green, blue, each 0 to 255."""
-
-WHITE: Colour = (255, 255, 255)
 
 Choice = TypeVar("Choice")
 
@@ -34,24 +33,15 @@ WRITABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
 }
 
-# What undoes each value of the EXIF orientation tag.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def read_image(source: ImageSource, *, background: Colour = WHITE, limits: Limits = LIMITS) -> Image.Image:
-    """Read a picture as plain RGB, the right way up.
+    """Read an image as a viewer shows it: upright, in sRGB, as plain 8-bit RGB.
 
-    Any pixel format becomes 8-bit RGB: palettes, grey, 1-bit, CMYK; 16-bit grey is scaled to 8 bits.
-    Transparency is composited on ``background``. The camera's orientation tag is applied. Of an animation,
-    the first frame is read.
+    Formats are told by the file's content (see :func:`emulus.media.media_type`), never by its suffix. Any pixel
+    format becomes 8-bit RGB: palettes, grey, 1-bit, CMYK, Lab; 16-bit grey is scaled to 8 bits. Colours are
+    converted to sRGB by the embedded ICC profile (or a PNG's gamma and primaries); images that are sRGB keep their
+    values exactly, and a broken profile is ignored. Transparency is composited on ``background``. The EXIF
+    orientation is applied. Of an animation, the first frame is read.
 
     Args:
         source: A path, a file's content, an open binary file, a Pillow image (left as it is), or a uint8 array or
@@ -87,10 +77,10 @@ def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
         name: What to call it in a message.
 
     Returns:
-        The picture, or None when the file has the signature of no readable format.
+        The image, or None when the file has the signature of no image format.
 
     Raises:
-        EmulusError: It has the signature, and a broken header.
+        EmulusError: It has the signature and a broken header, or Pillow was built without the format.
     """
     kind = image_format(file.read(HEAD))
     file.seek(0)
@@ -98,30 +88,33 @@ def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
         return None
     if kind not in Image.OPEN:
         Image.init()
+    if kind == "HEIF" and kind not in Image.OPEN:
+        _add_heif()
     # A build of Pillow may lack a format, or know its signature only (and then says so in words).
     open_kind, accepts = Image.OPEN.get(kind, (None, None))
     if open_kind is None or (accepts is not None and isinstance(accepts(file.read(16)), str)):
-        return None
+        remedy = "install pillow-heif" if kind == "HEIF" else "install a newer Pillow"
+        raise EmulusError(
+            f"{name} is of the format {kind}, which Pillow cannot read here; {remedy}, or convert it to PNG"
+        )
     file.seek(0)
     with decoding(name):
         return open_kind(file, "")
 
 
-def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
-    """Convert a decoded picture of any mode to a new 8-bit RGB one; transparency shows ``background``."""
-    if image.mode.startswith("I"):
-        image = _sixteen_to_eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, background)
-        canvas.paste(image, mask=image)
-        return canvas
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+def _add_heif() -> None:
+    """Have Pillow read HEIC where the package for it is installed. FFmpeg neither turns nor crops such images."""
+    try:
+        import pillow_heif  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Give an RGB picture itself, and what is not RGB converted by :func:`to_rgb`, on white."""
-    return image if image.mode == "RGB" else to_rgb(image)
+    """Give a plain RGB image itself, and any other as :func:`read_image` shows it, on white."""
+    plain = image.mode == "RGB" and image.info.keys() <= {"emulus"}
+    return image if plain else display(image, look_of(image))
 
 
 def write_image(image: Image.Image, path: str | Path) -> None:
@@ -130,7 +123,7 @@ def write_image(image: Image.Image, path: str | Path) -> None:
     How a drawn picture was made (its ``info["emulus"]``) goes into a PNG.
 
     Args:
-        image: Any mode; what is not RGB is converted by :func:`to_rgb`, on white.
+        image: Any mode; what is not plain RGB is converted as by :func:`read_image`, on white.
         path: Ends in ``.png``, ``.webp``, ``.jpg`` or ``.jpeg``.
 
     Raises:
@@ -168,7 +161,7 @@ def write_content(path: Path, content: BytesIO) -> None:
 def image_to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
     """Turn a picture into float32 pixels in [-1, 1]; :func:`pixels_to_image` gives it back exactly.
 
-    What is not RGB is converted by :func:`to_rgb`, on white.
+    What is not plain RGB is converted as by :func:`read_image`, on white.
 
     Source: Emu3's released image processor (scale by 1/255, mean 0.5, standard deviation 0.5).
     """
@@ -196,23 +189,24 @@ def finish(image: Image.Image, name: str, background: Colour, limits: Limits) ->
     """Decode an opened image and show it as RGB, upright, within the limits (see :func:`read_image`)."""
     limits.check_size(name, image.width, image.height)
     with decoding(name):
+        for width, height in _inner_sizes(image):
+            limits.check_size(name, width, height)
         image.load()
-        if image.mode == "F":
-            raise EmulusError(f"{name} has floating-point pixels of no known range; save it as 8 or 16 bit")
-        rgb = to_rgb(image, background)
-        turn = _UPRIGHT.get(_orientation(image))
-        return rgb if turn is None else rgb.transpose(turn)
+        return display(image, look_of(image, background), name=name, limits=limits)
 
 
-def _orientation(image: Image.Image) -> int:
-    # Cameras and editors write broken EXIF often enough; the picture is good all the same.
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        return 1
-
-
-def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
-    # Pillow would clip at 255 and so turn nearly everything white.
-    values = np.asarray(image).astype(np.int64).clip(0, 65_535)
-    return Image.fromarray(((values * 255 + 32_767) // 65_535).astype(np.uint8))
+def _inner_sizes(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """The true sizes of the images in an icon, whose directory may state others."""
+    if not isinstance(image, IcoImageFile):
+        return
+    file = image.ico.buf
+    for entry in image.ico.entry:
+        file.seek(entry.offset)
+        head = file.read(24)
+        if len(head) < 24:
+            continue
+        if head.startswith(b"\x89PNG"):
+            yield struct.unpack(">2I", head[16:])
+        else:
+            width, height = struct.unpack("<2i", head[4:12])
+            yield abs(width), abs(height)
