@@ -22,6 +22,7 @@ from PIL import Image, ImageFile
 from emulus.errors import EmulusError
 from emulus.media.colour import rgb_profile
 from emulus.media.display import Colour, Look, display, look_of, turn_of_matrix
+from emulus.media.hdr import HLG, PQ, to_screen
 from emulus.media.image import open_picture
 from emulus.media.limits import Limits
 from emulus.media.source import decoding
@@ -64,8 +65,6 @@ _ANIMATION_WORK = 16
 # What ITU-T H.273 and FFmpeg call these.
 _UNKNOWN = 2
 _BT709 = 1
-_SRGB_CURVE = 13
-_HDR_CURVES = (16, 18)  # PQ, HLG
 _PRIMARIES = {
     9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),  # BT.2020
     11: (0.314, 0.351, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),  # DCI-P3
@@ -322,19 +321,13 @@ def _has_alpha(frame: av.VideoFrame, container: av.container.InputContainer, str
 
 def _shown_frame(frame: av.VideoFrame, look: Look, name: str, limits: Limits, alpha: bool) -> Image.Image:
     with decoding(name):
-        shape = "rgba" if alpha else "rgb24"
-        options, profile = _colours(frame)
-        image = Image.fromarray(np.ascontiguousarray(frame.to_ndarray(format=shape, **options)))
-        return display(image, replace(look, profile=look.profile or profile), name=name, limits=limits)
-
-
-def _colours(frame: av.VideoFrame) -> tuple[dict[str, Any], bytes | None]:
-    """How FFmpeg is to turn a frame into RGB, and the profile of what it makes."""
-    if not frame.format.is_rgb and frame.colorspace == _UNKNOWN and (frame.width >= 1280 or frame.height > 576):
-        # Players take large films that do not say it for BT.709, small ones for BT.601.
-        frame.colorspace = _BT709
-    if frame.color_trc in _HDR_CURVES:
-        # FFmpeg brings the light of HDR films into the range of a screen.
-        return {"dst_color_trc": _SRGB_CURVE, "dst_color_primaries": _BT709}, None
-    primaries = _PRIMARIES.get(frame.color_primaries)
-    return {}, rgb_profile(primaries) if primaries else None
+        if not frame.format.is_rgb and frame.colorspace == _UNKNOWN and (frame.width >= 1280 or frame.height > 576):
+            # Players take large films that do not say it for BT.709, small ones for BT.601.
+            frame.colorspace = _BT709
+        if frame.color_trc in (PQ, HLG) and not alpha:
+            image = Image.fromarray(to_screen(frame.to_ndarray(format="rgb48le"), frame.color_trc))
+        else:
+            image = Image.fromarray(np.ascontiguousarray(frame.to_ndarray(format="rgba" if alpha else "rgb24")))
+            primaries = None if look.profile else _PRIMARIES.get(frame.color_primaries)
+            look = look if primaries is None else replace(look, profile=rgb_profile(primaries))
+        return display(image, look, name=name, limits=limits)
