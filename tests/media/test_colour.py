@@ -227,9 +227,7 @@ def test_gamma_and_primaries_of_png() -> None:
     assert shown(profile, gamma_chunk(1.0)) == (90, 200, 90)
 
 
-@pytest.mark.parametrize(
-    "values", [(0,) * 8, (0.3127, 0.329, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5), (0.3, 0.3) * 4, (9,) * 8]
-)
+@pytest.mark.parametrize("values", [(0,) * 8, (0.3127, 0.329, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5), (0.3, 0.3) * 4, (9,) * 8])
 def test_impossible_primaries_are_ignored(values: tuple[float, ...]) -> None:
     assert read_image(png(primaries_chunk(*values))).getpixel((0, 0)) == (90, 200, 90)
 
