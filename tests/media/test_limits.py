@@ -100,7 +100,7 @@ def test_the_start_of_a_long_animation(kind: str) -> None:
     few = Limits(max_frames=20, max_seconds=3)
     assert numbers(read_video(source, max_frames=20, limits=few)) == list(range(20))
     assert numbers(read_video(source, fps=5, max_frames=10, limits=few)) == list(range(0, 20, 2))
-    work = Limits(max_decoded_pixels=30 * 16 * 2**14)
+    work = Limits(max_decoded_pixels=30 * 8 * 2**14)
     assert len(read_video(source, max_frames=20, limits=work).frames) == 20
     with pytest.raises(EmulusError, match="takes decoding more"):
         read_video(source, limits=work)
@@ -120,14 +120,14 @@ REMEDIES: dict[str, Callable[[bytes, Limits], Clip]] = {
         (Limits(max_frames=10), ("max_frames", "fps", "raise")),
         (Limits(max_seconds=2), ("max_frames", "raise")),
         (Limits(max_clip_pixels=16 * 256), ("max_frames", "fps", "raise")),
-        (Limits(max_decoded_pixels=20 * 16 * 2**14), ("max_frames", "raise")),
+        (Limits(max_decoded_pixels=20 * 8 * 2**14), ("max_frames", "raise")),
     ],
     ids=["frames", "seconds", "memory", "work"],
 )
 def test_remedies_help(source: bytes, limits: Limits, remedies: tuple[str, ...]) -> None:
     if limits.max_clip_pixels == 16 * 256 and not source.startswith((b"\0\0\0", b"RIFF1")):
         limits = Limits(max_clip_pixels=16 * 64)
-    if limits.max_decoded_pixels == 20 * 16 * 2**14 and source.startswith(b"\0\0\0"):
+    if limits.max_decoded_pixels == 20 * 8 * 2**14 and source.startswith(b"\0\0\0"):
         limits = Limits(max_decoded_pixels=20 * 2**14)
     with pytest.raises(EmulusError) as caught:
         read_video(source, limits=limits)

@@ -21,8 +21,7 @@ class Limits:
         max_seconds: Duration of a clip that is returned.
         max_clip_pixels: Pixels of all the frames of a clip that are kept in memory together (3 bytes each).
         max_decoded_pixels: Pixels of all the frames of a clip that are decoded, kept or not: bounds the time
-            taken. A frame counts as at least 2^14 pixels, and a pixel of an animated image as 16, since that takes
-            as long.
+            taken. A frame counts as at least 2^14 pixels, a pixel of an animated image as 8.
     """
 
     max_pixels: int = 178_956_970 // 2
@@ -55,7 +54,7 @@ class Limits:
         if frames > self.max_frames:
             raise EmulusError(
                 f"{name} gives {frames:,} frames or more, and {self.max_frames:,} are allowed; ask for its first "
-                "frames only (max_frames), for fewer per second (fps), or raise Limits.max_frames if you trust it"
+                "frames only (--max-frames, max_frames), for fewer per second (--fps, fps), or raise Limits.max_frames if you trust it"
             )
 
     def check_seconds(self, name: str, seconds: float) -> None:
@@ -64,7 +63,7 @@ class Limits:
         if not seconds <= self.max_seconds:
             raise EmulusError(
                 f"{name} lasts {seconds:.1f} s or more, and {self.max_seconds:g} s are allowed; "
-                "ask for its first frames only (max_frames), or raise Limits.max_seconds if you trust it"
+                "ask for its first frames only (--max-frames, max_frames), or raise Limits.max_seconds if you trust it"
             )
 
     def check_clip_pixels(self, name: str, pixels: int) -> None:
@@ -72,7 +71,7 @@ class Limits:
         if pixels > self.max_clip_pixels:
             raise EmulusError(
                 f"the frames of {name} hold more than the {self.max_clip_pixels:,} pixels allowed together; "
-                "ask for fewer (max_frames, fps), make it smaller, or raise Limits.max_clip_pixels"
+                "ask for fewer (--max-frames, --fps, max_frames, fps), make it smaller, or raise Limits.max_clip_pixels"
             )
 
     def check_decoded_pixels(self, name: str, pixels: int) -> None:
@@ -80,7 +79,7 @@ class Limits:
         if pixels > self.max_decoded_pixels:
             raise EmulusError(
                 f"{name} takes decoding more than the {self.max_decoded_pixels:,} pixels allowed; ask for its "
-                "first frames only (max_frames), make it smaller, or raise Limits.max_decoded_pixels if you trust it"
+                "first frames only (--max-frames, max_frames), make it smaller, or raise Limits.max_decoded_pixels if you trust it"
             )
 
 
