@@ -1,4 +1,4 @@
-"""file <-> pixels. Pictures and clips, read within limits, resized by Emu3's rules, written atomically.
+"""file <-> pixels. Images and clips, read as a viewer shows them and within limits, resized, written atomically.
 
 Pixels are float32 ``(..., 3, height, width)`` in [-1, 1]; a clip's are ``(frames, 3, height, width)``.
 """

@@ -113,7 +113,7 @@ def timed_frames(file: BinaryIO, name: str, wanted: Wanted) -> Generator[Timed, 
     Raises:
         EmulusError: It is neither, is damaged, or takes more work than is allowed.
     """
-    image = open_picture(file, name)
+    image = open_picture(file, name, wanted.limits)
     if image is not None:
         yield from _animation_frames(image, name, wanted)
         return

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageFile
-from PIL.IcoImagePlugin import IcoImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -60,21 +59,22 @@ def read_image(source: ImageSource, *, background: Colour = WHITE, limits: Limit
     if image is not None:
         return finish(image, name, background, limits)
     with opened(source) as file:
-        image = open_picture(file, name)
+        image = open_picture(file, name, limits)
         if image is None:
             raise EmulusError(f"{name} is not an image of a known format; convert it to PNG, JPEG or WebP")
         return finish(image, name, background, limits)
 
 
-def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
+def open_picture(file: BinaryIO, name: str, limits: Limits = LIMITS) -> ImageFile.ImageFile | None:
     """Read a picture's header; its pixels are not decoded yet.
 
     This is ``PIL.Image.open`` for the formats of :func:`emulus.media.signatures.image_format`, without its size
-    check, which prints a warning: the caller checks the size by :class:`Limits`.
+    check, which prints a warning: the caller checks the size by :class:`Limits`. Icons only are decoded at once.
 
     Args:
         file: An open file, which must stay open while the picture is decoded.
         name: What to call it in a message.
+        limits: The sizes of the images in an icon are checked against these.
 
     Returns:
         The image, or None when the file has the signature of no image format.
@@ -94,9 +94,10 @@ def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
     open_kind, accepts = Image.OPEN.get(kind, (None, None))
     if open_kind is None or (accepts is not None and isinstance(accepts(file.read(16)), str)):
         remedy = "install pillow-heif" if kind == "HEIF" else "install a newer Pillow"
-        raise EmulusError(
-            f"{name} is of the format {kind}, which Pillow cannot read here; {remedy}, or convert it to PNG"
-        )
+        raise EmulusError(f"{name} is {kind}, which Pillow cannot read here; {remedy}, or convert it to PNG")
+    if kind == "ICO":
+        for width, height in _icon_sizes(file):
+            limits.check_size(name, width, height)
     file.seek(0)
     with decoding(name):
         return open_kind(file, "")
@@ -189,19 +190,17 @@ def finish(image: Image.Image, name: str, background: Colour, limits: Limits) ->
     """Decode an opened image and show it as RGB, upright, within the limits (see :func:`read_image`)."""
     limits.check_size(name, image.width, image.height)
     with decoding(name):
-        for width, height in _inner_sizes(image):
-            limits.check_size(name, width, height)
         image.load()
         return display(image, look_of(image, background), name=name, limits=limits)
 
 
-def _inner_sizes(image: Image.Image) -> Iterator[tuple[int, int]]:
+def _icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
     """The true sizes of the images in an icon, whose directory may state others."""
-    if not isinstance(image, IcoImageFile):
-        return
-    file = image.ico.buf
-    for entry in image.ico.entry:
-        file.seek(entry.offset)
+    file.seek(4)
+    (count,) = struct.unpack("<H", file.read(2))
+    directory = file.read(16 * count)
+    for (start,) in struct.iter_unpack("<12xI", directory[: len(directory) // 16 * 16]):
+        file.seek(start)
         head = file.read(24)
         if len(head) < 24:
             continue
@@ -209,4 +208,5 @@ def _inner_sizes(image: Image.Image) -> Iterator[tuple[int, int]]:
             yield struct.unpack(">2I", head[16:])
         else:
             width, height = struct.unpack("<2i", head[4:12])
-            yield abs(width), abs(height)
+            # A bitmap in an icon counts its mask as further rows.
+            yield abs(width), abs(height) // 2

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from emulus.errors import EmulusError
 
+_FIRST = "ask for its first frames only (--max-frames, max_frames)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -31,7 +33,7 @@ class Limits:
     max_decoded_pixels: int = 2**35
 
     def check_size(self, name: str, width: int, height: int) -> None:
-        """Refuse a picture or frame of no pixels or of too many.
+        """Refuse an image or frame of no pixels or of too many.
 
         Args:
             name: What to call the file in the message.
@@ -53,8 +55,8 @@ class Limits:
         """Refuse to return more than ``max_frames`` frames of a clip (raises EmulusError)."""
         if frames > self.max_frames:
             raise EmulusError(
-                f"{name} gives {frames:,} frames or more, and {self.max_frames:,} are allowed; ask for its first "
-                "frames only (--max-frames, max_frames), for fewer per second (--fps, fps), or raise Limits.max_frames if you trust it"
+                f"{name} has {frames:,} frames or more, and {self.max_frames:,} are allowed; {_FIRST}, for fewer per "
+                "second (--fps, fps), or raise Limits.max_frames if you trust it"
             )
 
     def check_seconds(self, name: str, seconds: float) -> None:
@@ -62,24 +64,24 @@ class Limits:
         # Written so that a duration that is not a number is refused as well.
         if not seconds <= self.max_seconds:
             raise EmulusError(
-                f"{name} lasts {seconds:.1f} s or more, and {self.max_seconds:g} s are allowed; "
-                "ask for its first frames only (--max-frames, max_frames), or raise Limits.max_seconds if you trust it"
+                f"{name} lasts {seconds:.1f} s or more, and {self.max_seconds:g} s are allowed; {_FIRST}, or raise "
+                "Limits.max_seconds if you trust it"
             )
 
     def check_clip_pixels(self, name: str, pixels: int) -> None:
         """Refuse to keep more than ``max_clip_pixels`` pixels of a clip (raises EmulusError)."""
         if pixels > self.max_clip_pixels:
             raise EmulusError(
-                f"the frames of {name} hold more than the {self.max_clip_pixels:,} pixels allowed together; "
-                "ask for fewer (--max-frames, --fps, max_frames, fps), make it smaller, or raise Limits.max_clip_pixels"
+                f"the frames of {name} hold more than the {self.max_clip_pixels:,} pixels allowed together; {_FIRST}, "
+                "for fewer per second (--fps, fps), make it smaller, or raise Limits.max_clip_pixels"
             )
 
     def check_decoded_pixels(self, name: str, pixels: int) -> None:
         """Refuse to decode more than ``max_decoded_pixels`` pixels of a clip (raises EmulusError)."""
         if pixels > self.max_decoded_pixels:
             raise EmulusError(
-                f"{name} takes decoding more than the {self.max_decoded_pixels:,} pixels allowed; ask for its "
-                "first frames only (--max-frames, max_frames), make it smaller, or raise Limits.max_decoded_pixels if you trust it"
+                f"{name} takes decoding more than the {self.max_decoded_pixels:,} pixels allowed; {_FIRST}, make it "
+                "smaller, or raise Limits.max_decoded_pixels if you trust it"
             )
 
 

@@ -98,7 +98,7 @@ def read_media(
         return _transformed(finish(given, name, background, limits), transform)
     wanted = Wanted(fps=fps, max_frames=max_frames, background=background, limits=limits)
     with opened(source) as file:
-        image = open_picture(file, name)
+        image = open_picture(file, name, limits)
         if image is None or is_animated(image):
             file.seek(0)
             return _read_clip(file, name, wanted, transform)
