@@ -86,6 +86,21 @@ def test_profiles_of_every_format(kind: str, profile: bytes) -> None:
     assert difference(read_image(source), read_image(plain)) > 20
 
 
+def test_profiles_of_jpeg_2000() -> None:
+    image = Image.new("RGB", (16, 16), (90, 180, 120))
+    source = encoded(image, "JPEG2000")
+    place = source.index(b"colr") - 4
+    (size,) = struct.unpack(">I", source[place : place + 4])
+    box = struct.pack(">I", 11 + len(ADOBE)) + b"colr\2\0\0" + ADOBE
+    start = source.index(b"jp2h") - 4
+    (outer,) = struct.unpack(">I", source[start : start + 4])
+    header = struct.pack(">I", outer + len(box) - size) + source[start + 4 : place] + box
+    tagged = source[:start] + header + source[place + size :]
+    assert difference(read_image(source), image) == 0
+    assert difference(read_image(tagged), by_little_cms(image, ADOBE)) <= 1
+    assert difference(read_image(encoded(image, "JPEG2000", no_jp2=True)), image) == 0
+
+
 @pytest.mark.parametrize("kind", ["WEBP", "PNG"])
 def test_profiles_of_animations(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((90, 200, 90), (200, 90, 90))]

@@ -136,6 +136,12 @@ def test_videos_are_turned_and_mirrored(orientation: int) -> None:
         assert is_upright(frame)
 
 
+def test_a_turned_film_of_tiff_frames() -> None:
+    """PyAV does not list the side data of such frames."""
+    source = film([np.asarray(stored(corners(), 6))] * 2, "mov", "tiff", "rgb24")
+    assert is_upright(read_video(with_matrix(source, MATRICES[6])).frames[0])
+
+
 @pytest.mark.parametrize("orientation", MATRICES)
 def test_wide_pixels_and_turns(orientation: int) -> None:
     """Stored pixels are made square before the frame is turned."""
