@@ -109,7 +109,7 @@ def test_a_broken_film_says_so(model: Path, tmp_path: Path, capsys: pytest.Captu
     for verb in ("continue", "describe"):
         assert main([verb, str(film), "--model", str(model)]) == 1
         error = capsys.readouterr().err
-        assert "film.mp4 is neither a picture nor a clip" in error
+        assert "film.mp4 is neither an image nor a clip" in error
 
 
 def test_a_folder_that_cannot_be_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

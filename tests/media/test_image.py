@@ -213,9 +213,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "folder" in message_of(tmp_path)
     assert "empty" in message_of(tmp_path / "empty.png")
     assert "not a plain file" in message_of(tmp_path / "pipe.png")
-    assert "not a picture of a known format; convert it" in message_of(tmp_path / "text.png")
+    assert "not an image of a known format; convert it" in message_of(tmp_path / "text.png")
     assert "empty" in message_of(b"")
-    assert "not a picture" in message_of(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    assert "not an image" in message_of(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     with pytest.raises(EmulusError, match="does not exist"):
         read_image("null\0byte.png")
     with pytest.raises(EmulusError, match="does not exist"):
@@ -257,8 +257,35 @@ def test_bombs_are_refused_by_their_header() -> None:
         assert "pixels allowed" in message_of(claiming(*size))
     assert "20×10, more than the 100 pixels" in message_of(encoded(Image.new("L", (20, 10))), Limits(max_pixels=100))
     assert read_image(encoded(Image.new("L", (20, 5))), limits=Limits(max_pixels=100)).size == (20, 5)
-    with pytest.raises(EmulusError, match="the given picture"):
+    with pytest.raises(EmulusError, match="the given image"):
         read_image(Image.new("L", (20, 10)), limits=Limits(max_pixels=100))
+
+
+def icon(width: int, height: int) -> bytes:
+    """An icon whose directory claims 16 × 16, and whose image has another size."""
+    content = claiming(width, height)
+    return struct.pack("<HHH4BHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
+
+
+def test_bombs_in_icons_are_refused_by_their_header() -> None:
+    assert "pixels allowed" in message_of(icon(30_000, 30_000))
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 30_000, 60_000, 1, 32, 0, 0, 0, 0, 0, 0)
+    head = struct.pack("<HHH4BHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(bitmap), 22)
+    assert "pixels allowed" in message_of(head + bitmap)
+
+
+def test_what_pillow_cannot_read_here_is_named() -> None:
+    head = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    try:
+        import pillow_heif  # noqa: F401
+    except ImportError:
+        assert "HEIF, which Pillow cannot read here; install pillow-heif, or convert it" in message_of(head)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TGA", "QOI", "ICO", "PCX"])
+def test_suffixes_do_not_matter(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jfif").write_bytes(encoded(gradient(32, 32), kind))
+    assert read_image(tmp_path / "a.jfif").size == (32, 32)
 
 
 def test_floating_point_pictures_are_refused() -> None:

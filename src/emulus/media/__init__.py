@@ -1,28 +1,24 @@
-"""file <-> pixels. Pictures and clips, read within limits, resized by Emu3's rules, written atomically.
+"""file <-> pixels. Images and clips, read as a viewer shows them and within limits, resized, written atomically.
 
 Pixels are float32 ``(..., 3, height, width)`` in [-1, 1]; a clip's are ``(frames, 3, height, width)``.
 """
 
+from emulus.media.clip import Clip, clip_to_pixels, pixels_to_clip, resample
 from emulus.media.image import image_to_pixels, pixels_to_image, read_image, write_image
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import fit, generation_size, resize, smart_resize
+from emulus.media.signatures import media_type
+from emulus.media.source import ImageSource, Source
 from emulus.media.still import keep_still
-from emulus.media.video import (
-    Clip,
-    check_writable,
-    clip_to_pixels,
-    is_video,
-    pixels_to_clip,
-    read_media,
-    read_video,
-    resample,
-    write_video,
-)
+from emulus.media.video import MediaSource, check_writable, is_video, read_media, read_video, write_video
 
 __all__ = [
     "LIMITS",
     "Clip",
+    "ImageSource",
     "Limits",
+    "MediaSource",
+    "Source",
     "check_writable",
     "clip_to_pixels",
     "fit",
@@ -30,6 +26,7 @@ __all__ = [
     "image_to_pixels",
     "is_video",
     "keep_still",
+    "media_type",
     "pixels_to_clip",
     "pixels_to_image",
     "read_image",

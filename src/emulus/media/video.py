@@ -1,12 +1,11 @@
-"""Clips: files to frames to pixels, and back."""
+"""Clips: reading files at the rate that is wanted, and writing them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from io import BytesIO
@@ -15,52 +14,16 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
-import torch
-from av.stream import Disposition
-from jaxtyping import Float
-from PIL import Image, ImageFile
-from torch import Tensor
+from PIL import Image
 
 from emulus.errors import EmulusError
-from emulus.media.image import (
-    WHITE,
-    WRITABLE,
-    Colour,
-    as_rgb,
-    by_suffix,
-    bytes_to_pixels,
-    open_picture,
-    pixels_to_bytes,
-    read_image,
-    to_rgb,
-    write_content,
-)
+from emulus.media.clip import Clip, check_fps, resample
+from emulus.media.display import WHITE, Colour
+from emulus.media.frames import TOO_SHORT, Timed, Wanted, is_animated, open_container, timed_frames, video_stream
+from emulus.media.image import WRITABLE, as_rgb, by_suffix, finish, open_picture, write_content
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import resize
-from emulus.media.source import Source, decoding, encoding, name_of, opened
-
-# Containers of one file. Playlists are left out, since they make the reader open other files and addresses.
-CONTAINERS = (
-    "mov",
-    "mp4",
-    "matroska",
-    "webm",
-    "avi",
-    "flv",
-    "mpegts",
-    "mpeg",
-    "ogg",
-    "asf",
-    "ivf",
-    "mxf",
-    "nut",
-)
-
-# Picture formats that can be animated. The several pictures of a TIFF or a JPEG are pages, not frames.
-ANIMATED = ("WEBP", "GIF", "PNG", "AVIF")
-
-# Viewers show a frame of no stated duration for a tenth of a second.
-UNTIMED = 0.1
+from emulus.media.source import ImageSource, decoding, encoding, given_image, name_of, opened
 
 # A clip read at its own rate is not given more frames a second than this to render uneven durations.
 MAX_OWN_FPS = 60
@@ -69,126 +32,143 @@ MAX_OWN_FPS = 60
 BT601 = 6
 LIMITED_RANGE = 1
 
-# Decoding frames smaller than this in several threads costs more than it saves.
-THREADED_PIXELS = 512 * 512
-
-_TURN = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-
-# One decoded frame: when it stops being shown (seconds since the clip's start), and what makes a picture of
-# it. The next frame may overwrite it, so the picture is made before that is asked for, or never.
-_Timed = tuple[float, Callable[[], Image.Image]]
+MediaSource = ImageSource | Clip
+"""Everything that can be given where an image or a clip is wanted."""
 
 
-@dataclass(frozen=True)
-class Clip:
-    """Frames shown one after the other, each for 1 / ``fps`` seconds.
-
-    Attributes:
-        frames: At least one RGB picture; all of one size. A picture shown for long stands in several places.
-        fps: Frames per second.
-
-    Raises:
-        EmulusError: No frames, several sizes, or a rate that is not a positive number.
-    """
-
-    frames: tuple[Image.Image, ...]
-    fps: float
-
-    def __post_init__(self) -> None:
-        if not self.frames:
-            raise EmulusError("a clip of no frames; give at least one")
-        sizes = sorted({frame.size for frame in self.frames})
-        if len(sizes) > 1:
-            raise EmulusError(f"the frames of a clip have several sizes ({sizes[0]}, {sizes[1]}); resize them to one")
-        _check_fps(self.fps)
-
-    @property
-    def duration(self) -> float:
-        """Seconds from the start of the first frame to the end of the last."""
-        return len(self.frames) / self.fps
+Transform = Callable[[Image.Image], Image.Image]
+"""What is done to each frame as soon as it is decoded, such as making it smaller."""
 
 
-def is_video(source: Source) -> bool:
+def is_video(source: MediaSource) -> bool:
     """Say whether a file is a clip: a film, or an animated WebP, GIF, PNG or AVIF of more than one frame.
 
     Goes by the content, not the name; reads headers only.
 
     Raises:
-        EmulusError: The file is missing, empty, a folder or may not be read.
+        EmulusError: The file is missing, empty, a folder or may not be read, or is none.
     """
+    if isinstance(source, Clip):
+        return True
+    if given_image(source) is not None:
+        return False
     name = name_of(source)
     with opened(source) as file:
         try:
-            picture = open_picture(file, name)
-            if picture is not None:
+            image = open_picture(file, name)
+            if image is not None:
                 with decoding(name):
-                    return picture.format in ANIMATED and bool(getattr(picture, "is_animated", False))
-            with _open_container(file, name) as container:
-                return _video_stream(container) is not None
+                    return is_animated(image)
+            with open_container(file, name) as container:
+                return video_stream(container) is not None
         except EmulusError:
             return False
 
 
 def read_media(
-    source: Source,
+    source: MediaSource,
     *,
     fps: float | None = None,
     max_frames: int | None = None,
     background: Colour = WHITE,
     limits: Limits = LIMITS,
+    transform: Transform | None = None,
 ) -> Image.Image | Clip:
-    """Read whichever it is: a picture as RGB, or a clip. Arguments as for :func:`read_video`.
+    """Read whichever it is: an image as RGB, or a clip.
+
+    Args:
+        source: What :func:`read_image` or :func:`read_video` takes.
+        fps: As for :func:`read_video`.
+        max_frames: As for :func:`read_video`.
+        background: As for :func:`read_video`.
+        limits: As for :func:`read_video`.
+        transform: As for :func:`read_video`; done to an image, too.
+
+    Returns:
+        What :func:`read_image` or :func:`read_video` returns.
 
     Raises:
         EmulusError: It is neither, or is damaged or too large.
     """
     name = name_of(source)
+    given = None if isinstance(source, Clip) else given_image(source)
+    if isinstance(source, Clip):
+        return read_video(source, fps=fps, max_frames=max_frames, limits=limits, transform=transform)
+    if given is not None:
+        return _transformed(finish(given, name, background, limits), transform)
+    wanted = Wanted(fps=fps, max_frames=max_frames, background=background, limits=limits)
     with opened(source) as file:
-        picture = open_picture(file, name)
-        still = picture is not None and not (picture.format in ANIMATED and getattr(picture, "is_animated", False))
-    if still:
-        return read_image(source, background=background, limits=limits)
-    return read_video(source, fps=fps, max_frames=max_frames, background=background, limits=limits)
+        image = open_picture(file, name, limits)
+        if image is None or is_animated(image):
+            file.seek(0)
+            return _read_clip(file, name, wanted, transform)
+        return _transformed(finish(image, name, background, limits), transform)
 
 
 def read_video(
-    source: Source,
+    source: MediaSource,
     *,
     fps: float | None = None,
     max_frames: int | None = None,
     background: Colour = WHITE,
     limits: Limits = LIMITS,
+    transform: Transform | None = None,
 ) -> Clip:
-    """Read a clip from a film (MP4, WebM, AVI ...) or an animated picture (WebP, GIF, PNG, AVIF).
+    """Read a clip from a film (MP4, WebM, AVI ...) or an animated image (WebP, GIF, PNG, AVIF), as a viewer shows it.
 
     Frames keep the times at which they are shown, also where these are uneven. With ``fps``, frame k of the
     result is the one shown at k / fps seconds (or about to be: within half of the old and of the new frame's
     duration). Without it, the rate is the clip's own, and a frame that is shown for longer than the shortest
-    ones stands several times.
+    ones stands several times. As in browsers, frames of an animated image that state 10 ms or less are shown for
+    100 ms.
+
+    Frames are upright sRGB with square pixels: rotated and mirrored by the display matrix or EXIF, scaled by the
+    sample aspect ratio (the shorter side is lengthened), on ``background`` where the codec has alpha. High bit
+    depths are scaled to 8, HDR is brought to the range of a screen, and films that do not state their colour matrix
+    count as BT.709 from 1280 pixels of width or 577 of height on, as BT.601 below. Premultiplied alpha, which no
+    common file has, is not told from straight alpha.
 
     Args:
-        source: A path or a file's content.
+        source: A path, a file's content, an open binary file, or a clip, which is brought to the rate.
         fps: Frames per second wanted; None for the clip's own.
-        max_frames: Keep at most this many frames, from the start; the rest is not decoded.
+        max_frames: Keep at most this many frames, from the start; the rest is not decoded, however long it is.
         background: What shows through transparent frames, red, green, blue in 0 to 255.
-        limits: What the file claims is checked against these before decoding, what it holds while decoding.
+        limits: What is returned, and the work of decoding it, is checked against these: before decoding by what the
+            file says of itself, and while decoding.
+        transform: Done to each frame as it is decoded, so that only its results are held in memory, for instance a
+            scaling. All its results must have one size.
 
     Returns:
-        RGB frames, turned upright and all of the first one's size.
+        RGB frames, all of one size.
 
     Raises:
         EmulusError: The file is missing, empty, no clip, corrupt, truncated, or beyond the limits.
     """
-    if fps is not None:
-        _check_fps(fps)
-    if max_frames is not None and max_frames < 1:
-        raise EmulusError(f"max_frames is {max_frames}; ask for at least 1")
+    if isinstance(source, Clip):
+        clip = resample(source, source.fps if fps is None else fps, max_frames=max_frames, limits=limits)
+        return clip if transform is None else Clip(tuple(map(transform, clip.frames)), clip.fps)
     name = name_of(source)
-    kept = _Kept(name, limits, max_frames)
-    with opened(source) as file, closing(_timed_frames(file, name, background, limits)) as decoded:
-        frames = _counted(decoded, name, limits)
-        rate = _at_own_rate(frames, kept) if fps is None else _at_rate(frames, fps, kept)
+    if given_image(source) is not None:
+        raise EmulusError(f"{name} is a still image, not a clip; read it with read_image")
+    wanted = Wanted(fps=fps, max_frames=max_frames, background=background, limits=limits)
+    with opened(source) as file:
+        return _read_clip(file, name, wanted, transform)
+
+
+def _read_clip(file: BinaryIO, name: str, wanted: Wanted, transform: Transform | None) -> Clip:
+    if wanted.fps is not None:
+        check_fps(wanted.fps)
+    if wanted.max_frames is not None and wanted.max_frames < 1:
+        raise EmulusError(f"max_frames is {wanted.max_frames}; ask for at least 1")
+    kept = _Kept(name, wanted, transform)
+    with closing(timed_frames(file, name, wanted)) as decoded:
+        frames = _lasting(decoded, name)
+        rate = _at_own_rate(frames, kept) if wanted.fps is None else _at_rate(frames, wanted.fps, kept)
     return Clip(tuple(kept.frames), rate)
+
+
+def _transformed(image: Image.Image, transform: Transform | None) -> Image.Image:
+    return image if transform is None else transform(image)
 
 
 def write_video(clip: Clip, path: str | Path) -> None:
@@ -213,29 +193,6 @@ def write_video(clip: Clip, path: str | Path) -> None:
     write_content(path, content)
 
 
-def resample(clip: Clip, fps: float, *, max_frames: int | None = None, limits: Limits = LIMITS) -> Clip:
-    """A clip at another frame rate: at each new moment the frame that is on show.
-
-    Args:
-        clip: What to bring to the rate; assumed to be evenly timed.
-        fps: Frames per second.
-        max_frames: Keep at most this many frames, from the start.
-        limits: A slow clip at a high rate is many frames.
-
-    Raises:
-        EmulusError: The rate is out of range, or there would be too many frames.
-    """
-    _check_fps(fps)
-    if fps == clip.fps:
-        return clip if max_frames is None else Clip(clip.frames[:max_frames], fps)
-    count = max(round(clip.duration * fps), 1)
-    count = count if max_frames is None else min(count, max_frames)
-    limits.check_frames(f"a clip of {len(clip.frames)} frames at {clip.fps:g} per second, brought to {fps:g},", count)
-    # The slack keeps rounding from showing the frame before.
-    places = (min(int(place * clip.fps / fps + 1e-6), len(clip.frames) - 1) for place in range(count))
-    return Clip(tuple(clip.frames[place] for place in places), fps)
-
-
 def check_writable(path: str | Path, *, clip: bool) -> None:
     """Find out by its suffix whether a picture (or a clip) can be written to a path.
 
@@ -246,27 +203,19 @@ def check_writable(path: str | Path, *, clip: bool) -> None:
     by_suffix(Path(path), known)
 
 
-def clip_to_pixels(clip: Clip) -> Float[Tensor, "frames 3 height width"]:
-    """Turn a clip into float32 pixels in [-1, 1]; :func:`pixels_to_clip` gives it back exactly."""
-    return bytes_to_pixels(torch.from_numpy(np.stack([np.asarray(as_rgb(frame)) for frame in clip.frames])))
-
-
-def pixels_to_clip(pixels: Float[Tensor, "frames 3 height width"], fps: float) -> Clip:
-    """Turn pixels in [-1, 1], on any device, into a clip; what lies outside is clipped."""
-    return Clip(tuple(Image.fromarray(frame) for frame in pixels_to_bytes(pixels).numpy()), fps)
-
-
 # Which frames are kept, and how often
 
 
 class _Kept:
     """The frames of the clip to be, of one size and within the limits."""
 
-    def __init__(self, name: str, limits: Limits, max_frames: int | None) -> None:
+    def __init__(self, name: str, wanted: Wanted, transform: Transform | None) -> None:
         self.frames: list[Image.Image] = []
         self._name = name
-        self._limits = limits
-        self._most = math.inf if max_frames is None else max_frames
+        self._limits = wanted.limits
+        self._most = math.inf if wanted.max_frames is None else wanted.max_frames
+        self._transform = transform
+        self._size: tuple[int, int] | None = None
         self._pixels = 0
 
     @property
@@ -279,8 +228,8 @@ class _Kept:
             return
         self._limits.check_frames(self._name, len(self.frames) + times)
         image = picture()
-        if self.frames:
-            image = resize(image, self.frames[0].height, self.frames[0].width)
+        self._size = self._size or image.size
+        image = _transformed(resize(image, self._size[1], self._size[0]), self._transform)
         self._pixels += image.width * image.height
         self._limits.check_clip_pixels(self._name, self._pixels)
         self.frames += [image] * times
@@ -290,11 +239,32 @@ class _Kept:
         repeated = itertools.chain.from_iterable(map(itertools.repeat, self.frames, times))
         self.frames = list(itertools.islice(repeated, None if self._most == math.inf else int(self._most)))
 
+    def check_seconds(self, seconds: float, fps: float | None = None) -> None:
+        """Refuse a clip that lasts too long; of a longer one, what is not wanted of it does not count."""
+        if self._most < math.inf:
+            if fps is None:
+                return
+            seconds = min(seconds, self._most / fps)
+        self._limits.check_seconds(self._name, seconds)
 
-def _at_rate(frames: Iterable[_Timed], fps: float, kept: _Kept) -> float:
+
+def _lasting(frames: Iterator[Timed], name: str) -> Iterator[Timed]:
+    """Leave out frames of no duration."""
+    end = 0.0
+    for stop, picture in frames:
+        # Written so that a time that is not a number is left out as well.
+        if stop > end:
+            yield stop, picture
+            end = stop
+    if end == 0:
+        raise EmulusError(f"{name} is corrupt or truncated (no frame can be decoded); restore it from its source")
+
+
+def _at_rate(frames: Iterable[Timed], fps: float, kept: _Kept) -> float:
     """Keep the frame on show at every k / fps seconds; returns ``fps``."""
     end = 0.0
     for stop, picture in frames:
+        kept.check_seconds(stop, fps)
         # Most files round durations to milliseconds, so borders of frames waver around the ticks, k / fps.
         # A frame that ends within half its duration after a tick leaves the tick to its successor, but within
         # no more than half a tick, so that a frame shown for long is not cut short.
@@ -307,11 +277,12 @@ def _at_rate(frames: Iterable[_Timed], fps: float, kept: _Kept) -> float:
     return fps
 
 
-def _at_own_rate(frames: Iterable[_Timed], kept: _Kept) -> float:
+def _at_own_rate(frames: Iterable[Timed], kept: _Kept) -> float:
     """Keep all frames, those shown for long several times; returns the frames per second."""
     durations: list[float] = []
     end = 0.0
     for stop, picture in frames:
+        kept.check_seconds(stop)
         kept.add(picture, 1)
         durations.append(stop - end)
         end = stop
@@ -323,176 +294,9 @@ def _at_own_rate(frames: Iterable[_Timed], kept: _Kept) -> float:
     kept.repeat(times)
     rate, whole = sum(times) / end, round(sum(times) / end)
     # Files round times, to as much as hundredths of a second: a whole rate that fits the duration was meant.
-    return float(whole) if whole and abs(sum(times) / whole - end) <= 0.0051 else rate
-
-
-# Decoding: files to timed frames
-
-
-def _timed_frames(file: BinaryIO, name: str, background: Colour, limits: Limits) -> Generator[_Timed, None, None]:
-    picture = open_picture(file, name)
-    if picture is not None:
-        yield from _animation_frames(picture, name, background, limits)
-        return
-    with _open_container(file, name) as container:
-        yield from _container_frames(container, name, limits)
-
-
-def _counted(frames: Iterator[_Timed], name: str, limits: Limits) -> Iterator[_Timed]:
-    """Stop at the limits, as a file need not tell the truth of itself; leave out frames of no duration."""
-    end = 0.0
-    for count, (stop, picture) in enumerate(frames, 1):
-        limits.check_frames(name, count)
-        limits.check_seconds(name, stop)
-        if stop > end:
-            yield stop, picture
-            end = stop
-    if end == 0:
-        raise EmulusError(f"{name} is corrupt or truncated (no frame can be decoded); restore it from its source")
-
-
-def _animation_frames(image: ImageFile.ImageFile, name: str, background: Colour, limits: Limits) -> Iterator[_Timed]:
-    if image.format not in ANIMATED or (image.format == "PNG" and not getattr(image, "is_animated", False)):
-        raise EmulusError(f"{name} is a still picture, not a clip; read it with read_image")
-    # Of a GIF, the number of frames is known only at the end.
-    stated = None if image.format == "GIF" else int(getattr(image, "n_frames", 1))
-    limits.check_size(name, image.width, image.height)
-    if stated is not None:
-        limits.check_frames(name, stated)
-        limits.check_decoded_pixels(name, stated * image.width * image.height)
-    # An animated PNG may start with a picture for viewers that do not animate.
-    first = int(bool(getattr(image, "default_image", False)))
-    end, pixels = 0.0, 0
-    for index in itertools.count(first):
-        if index == stated or not _go_to(image, index, name):
-            break
-        limits.check_size(name, image.width, image.height)
-        pixels += image.width * image.height
-        limits.check_decoded_pixels(name, pixels)
-        with decoding(name):
-            image.load()
-        end += (image.info.get("duration") or UNTIMED * 1000) / 1000
-        yield end, partial(_picture, image, name, background)
-    if stated is not None and index < stated:
-        raise EmulusError(f"{name} is truncated: {index} of {stated} frames; restore it from its source")
-
-
-def _go_to(image: ImageFile.ImageFile, index: int, name: str) -> bool:
-    with decoding(name):
-        try:
-            image.seek(index)
-        except EOFError:
-            return False
-    return True
-
-
-def _picture(image: Image.Image, name: str, background: Colour) -> Image.Image:
-    with decoding(name):
-        return to_rgb(image, background)
-
-
-def _open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
-    try:
-        return av.open(file, "r", options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace")
-    except Exception as error:
-        raise EmulusError(
-            f"{name} is neither a picture nor a clip that can be read: it is corrupt, truncated or of an unknown "
-            "format; convert it to PNG, JPEG, WebP, MP4 or WebM, or restore it from its source"
-        ) from error
-
-
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
-    # The cover picture of a song is a video stream as well.
-    films = (stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic)
-    return next(films, None)
-
-
-def _container_frames(container: av.container.InputContainer, name: str, limits: Limits) -> Iterator[_Timed]:
-    stream = _video_stream(container)
-    if stream is None:
-        raise EmulusError(f"{name} holds no film (sound only?); give a file with a video stream")
-    _check_claims(container, stream, name, limits)
-    interval = float(1 / stream.average_rate) if stream.average_rate else UNTIMED
-    held: Callable[[], Image.Image] | None = None
-    start: float | None = None
-    begin, duration = 0.0, 0.0
-    count, pixels = 0, 0
-    for frame in _decoded(container, stream, name, limits):
-        count += 1
-        pixels += frame.width * frame.height
-        limits.check_decoded_pixels(name, pixels)
-        if start is None:
-            start = frame.time or 0.0
-        elif held is not None:
-            # How long a frame is shown is known when the next one comes.
-            begin = max(frame.time - start, begin) if frame.time is not None else begin + interval
-            yield begin, held
-        held = partial(_upright, frame, name)
-        duration = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
-    if held is None or start is None:
-        return
-    end = begin + (duration or (begin / (count - 1) if count > 1 else 0.0) or interval)
-    # Some containers count their duration from zero, not from the first frame.
-    _check_whole(container, stream, end + max(start, 0.0), end / count, name)
-    yield end, held
-
-
-def _check_claims(container: av.container.InputContainer, stream: av.VideoStream, name: str, limits: Limits) -> None:
-    """Check what the file says of itself, before anything is decoded."""
-    codec = stream.codec_context
-    if codec is None:
-        raise EmulusError(f"{name} is in a coding that cannot be decoded here; convert it to MP4 (H.264) or WebM")
-    limits.check_size(name, codec.width, codec.height)
-    limits.check_frames(name, stream.frames)
-    limits.check_decoded_pixels(name, stream.frames * codec.width * codec.height)
-    limits.check_seconds(name, _stated_seconds(container, stream) or 0.0)
-    # The decoder itself refuses frames that turn out larger. It counts whole blocks, hence the margin.
-    codec.options = {"max_pixels": str(2 * limits.max_pixels + 2**16)}
-    codec.thread_type = "AUTO" if codec.width * codec.height > THREADED_PIXELS else "NONE"
-
-
-def _stated_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    # The file's duration may be its sound's.
-    if container.duration is not None and len(container.streams) == 1:
-        return container.duration / av.time_base
-    return None
-
-
-def _check_whole(
-    container: av.container.InputContainer, stream: av.VideoStream, end: float, interval: float, name: str
-) -> None:
-    """Refuse a film that stops well before its stated end: demuxers take a cut for the end without a word."""
-    stated = _stated_seconds(container, stream)
-    if stated is not None and stated - end > max(1.5 * interval, 0.05 * stated):
-        raise EmulusError(
-            f"{name} is truncated: {end:.1f} of {stated:.1f} s can be decoded; restore it from its source"
-        )
-
-
-def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, name: str, limits: Limits
-) -> Iterator[av.VideoFrame]:
-    packets = container.demux(stream)
-    while True:
-        with decoding(name):
-            packet = next(packets, None)
-            if packet is None:
-                return
-            if packet.is_corrupt:
-                raise ValueError("a packet is incomplete")
-            frames = packet.decode()
-        for frame in frames:
-            limits.check_size(name, frame.width, frame.height)
-            yield frame
-
-
-def _upright(frame: av.VideoFrame, name: str) -> Image.Image:
-    with decoding(name):
-        image: Image.Image = frame.to_image()
-        turn = _TURN.get(frame.rotation % 360)
-        return image if turn is None else image.transpose(turn)
+    rate = float(whole) if whole and abs(sum(times) / whole - end) <= 0.0051 else rate
+    kept.check_seconds(len(kept.frames) / rate, rate)
+    return rate
 
 
 # Encoding
@@ -523,7 +327,8 @@ def _encode_animation(clip: Clip, *, kind: str, tick: int, options: dict[str, An
     # The times are rounded, not the durations, so that the whole lasts as long as it should.
     ticks = [round(index * 1000 / clip.fps / tick) for index in range(len(clip.frames) + 1)]
     durations = [(after - before) * tick for before, after in itertools.pairwise(ticks)]
-    shortest = 2 * tick if kind == "GIF" else tick
+    # Viewers show shorter ones for much longer.
+    shortest = (TOO_SHORT // tick + 1) * tick
     if min(durations) < shortest:
         fastest = 1000 // shortest
         raise ValueError(f"{clip.fps:g} frames per second, and the format shows at most {fastest}")
@@ -543,8 +348,3 @@ WRITERS: dict[str, Callable[[Clip], BytesIO]] = {
     ".webp": partial(_encode_animation, kind="WEBP", tick=1, options={"lossless": False, "quality": 90, "method": 4}),
     ".gif": partial(_encode_animation, kind="GIF", tick=10, options={"optimize": False}),
 }
-
-
-def _check_fps(fps: float) -> None:
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise EmulusError(f"a rate of {fps} frames per second; give a number above 0, at most 1000")
