@@ -213,9 +213,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "folder" in message_of(tmp_path)
     assert "empty" in message_of(tmp_path / "empty.png")
     assert "not a plain file" in message_of(tmp_path / "pipe.png")
-    assert "not a picture of a known format; convert it" in message_of(tmp_path / "text.png")
+    assert "not an image of a known format; convert it" in message_of(tmp_path / "text.png")
     assert "empty" in message_of(b"")
-    assert "not a picture" in message_of(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    assert "not an image" in message_of(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     with pytest.raises(EmulusError, match="does not exist"):
         read_image("null\0byte.png")
     with pytest.raises(EmulusError, match="does not exist"):
@@ -257,7 +257,7 @@ def test_bombs_are_refused_by_their_header() -> None:
         assert "pixels allowed" in message_of(claiming(*size))
     assert "20×10, more than the 100 pixels" in message_of(encoded(Image.new("L", (20, 10))), Limits(max_pixels=100))
     assert read_image(encoded(Image.new("L", (20, 5))), limits=Limits(max_pixels=100)).size == (20, 5)
-    with pytest.raises(EmulusError, match="the given picture"):
+    with pytest.raises(EmulusError, match="the given image"):
         read_image(Image.new("L", (20, 10)), limits=Limits(max_pixels=100))
 
 

@@ -347,8 +347,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "folder" in message_of(tmp_path)
     assert "empty" in message_of(tmp_path / "empty.mp4")
     assert "neither a picture nor a clip that can be read" in message_of(tmp_path / "text.mp4")
-    assert "still picture" in message_of(tmp_path / "still.jpg")
-    assert "still picture" in message_of(tmp_path / "still.png")
+    assert "still image" in message_of(tmp_path / "still.jpg")
+    assert "still image" in message_of(tmp_path / "still.png")
 
 
 def test_playlists_open_nothing(tmp_path: Path) -> None:

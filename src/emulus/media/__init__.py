@@ -6,9 +6,12 @@ Pixels are float32 ``(..., 3, height, width)`` in [-1, 1]; a clip's are ``(frame
 from emulus.media.image import image_to_pixels, pixels_to_image, read_image, write_image
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import fit, generation_size, resize, smart_resize
+from emulus.media.signatures import media_type
+from emulus.media.source import ImageSource, Source
 from emulus.media.still import keep_still
 from emulus.media.video import (
     Clip,
+    MediaSource,
     check_writable,
     clip_to_pixels,
     is_video,
@@ -22,7 +25,10 @@ from emulus.media.video import (
 __all__ = [
     "LIMITS",
     "Clip",
+    "ImageSource",
     "Limits",
+    "MediaSource",
+    "Source",
     "check_writable",
     "clip_to_pixels",
     "fit",
@@ -30,6 +36,7 @@ __all__ = [
     "image_to_pixels",
     "is_video",
     "keep_still",
+    "media_type",
     "pixels_to_clip",
     "pixels_to_image",
     "read_image",

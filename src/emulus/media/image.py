@@ -16,7 +16,8 @@ from torch import Tensor
 from emulus.errors import EmulusError, did_you_mean
 from emulus.files import write_file
 from emulus.media.limits import LIMITS, Limits
-from emulus.media.source import Source, decoding, encoding, name_of, opened
+from emulus.media.signatures import HEAD, image_format
+from emulus.media.source import ImageSource, decoding, encoding, given_image, name_of, opened
 
 Colour = tuple[int, int, int]
 """Red, green, blue, each 0 to 255."""
@@ -24,9 +25,6 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 
 Choice = TypeVar("Choice")
-
-# What else Pillow reads is left out: formats without a signature, and ones that start other programs.
-READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 # Lossy formats at a quality whose loss is hard to see; 4:4:4 since small art has one-pixel edges of colour.
 WRITABLE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,7 +46,7 @@ _UPRIGHT = {
 }
 
 
-def read_image(source: Source | Image.Image, *, background: Colour = WHITE, limits: Limits = LIMITS) -> Image.Image:
+def read_image(source: ImageSource, *, background: Colour = WHITE, limits: Limits = LIMITS) -> Image.Image:
     """Read a picture as plain RGB, the right way up.
 
     Any pixel format becomes 8-bit RGB: palettes, grey, 1-bit, CMYK; 16-bit grey is scaled to 8 bits.
@@ -56,7 +54,8 @@ def read_image(source: Source | Image.Image, *, background: Colour = WHITE, limi
     the first frame is read.
 
     Args:
-        source: A path, a file's content, or an open picture (left as it is).
+        source: A path, a file's content, an open binary file, a Pillow image (left as it is), or a uint8 array or
+            tensor (see :func:`emulus.media.source.given_image`).
         background: What shows through, red, green, blue in 0 to 255.
         limits: The size is checked against these before anything is decoded.
 
@@ -66,22 +65,22 @@ def read_image(source: Source | Image.Image, *, background: Colour = WHITE, limi
     Raises:
         EmulusError: The file is missing, empty, no picture, corrupt, truncated or too large.
     """
-    if isinstance(source, Image.Image):
-        return _finish(source, "the given picture", background, limits)
     name = name_of(source)
+    image = given_image(source)
+    if image is not None:
+        return finish(image, name, background, limits)
     with opened(source) as file:
         image = open_picture(file, name)
         if image is None:
-            known = ", ".join(READABLE)
-            raise EmulusError(f"{name} is not a picture of a known format; convert it to one of {known}")
-        return _finish(image, name, background, limits)
+            raise EmulusError(f"{name} is not an image of a known format; convert it to PNG, JPEG or WebP")
+        return finish(image, name, background, limits)
 
 
 def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
     """Read a picture's header; its pixels are not decoded yet.
 
-    This is ``PIL.Image.open`` for the formats in ``READABLE``, without its size check, which prints a
-    warning: the caller checks the size by :class:`Limits`.
+    This is ``PIL.Image.open`` for the formats of :func:`emulus.media.signatures.image_format`, without its size
+    check, which prints a warning: the caller checks the size by :class:`Limits`.
 
     Args:
         file: An open file, which must stay open while the picture is decoded.
@@ -93,20 +92,19 @@ def open_picture(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
     Raises:
         EmulusError: It has the signature, and a broken header.
     """
-    if not set(READABLE) <= Image.OPEN.keys():
-        Image.init()
-    prefix = file.read(16)
+    kind = image_format(file.read(HEAD))
     file.seek(0)
-    for kind in READABLE:
-        # A build of Pillow may lack a format, or know its signature only (`accepts` then answers in words).
-        open_kind, accepts = Image.OPEN.get(kind, (None, None))
-        if open_kind is None or accepts is None:
-            continue
-        accepted = accepts(prefix)
-        if accepted and not isinstance(accepted, str):
-            with decoding(name):
-                return open_kind(file, "")
-    return None
+    if kind is None:
+        return None
+    if kind not in Image.OPEN:
+        Image.init()
+    # A build of Pillow may lack a format, or know its signature only (and then says so in words).
+    open_kind, accepts = Image.OPEN.get(kind, (None, None))
+    if open_kind is None or (accepts is not None and isinstance(accepts(file.read(16)), str)):
+        return None
+    file.seek(0)
+    with decoding(name):
+        return open_kind(file, "")
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
@@ -194,7 +192,8 @@ def pixels_to_bytes(pixels: Float[Tensor, "*batch 3 height width"]) -> UInt8[Ten
     return values.to(torch.uint8).movedim(-3, -1).contiguous().cpu()
 
 
-def _finish(image: Image.Image, name: str, background: Colour, limits: Limits) -> Image.Image:
+def finish(image: Image.Image, name: str, background: Colour, limits: Limits) -> Image.Image:
+    """Decode an opened image and show it as RGB, upright, within the limits (see :func:`read_image`)."""
     limits.check_size(name, image.width, image.height)
     with decoding(name):
         image.load()

@@ -29,15 +29,15 @@ from emulus.media.image import (
     as_rgb,
     by_suffix,
     bytes_to_pixels,
+    finish,
     open_picture,
     pixels_to_bytes,
-    read_image,
     to_rgb,
     write_content,
 )
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import resize
-from emulus.media.source import Source, decoding, encoding, name_of, opened
+from emulus.media.source import ImageSource, decoding, encoding, given_image, name_of, opened
 
 # Containers of one file. Playlists are left out, since they make the reader open other files and addresses.
 CONTAINERS = (
@@ -54,6 +54,7 @@ CONTAINERS = (
     "ivf",
     "mxf",
     "nut",
+    "yuv4mpegpipe",
 )
 
 # Picture formats that can be animated. The several pictures of a TIFF or a JPEG are pages, not frames.
@@ -108,7 +109,11 @@ class Clip:
         return len(self.frames) / self.fps
 
 
-def is_video(source: Source) -> bool:
+MediaSource = ImageSource | Clip
+"""Everything that can be given where an image or a clip is wanted."""
+
+
+def is_video(source: MediaSource) -> bool:
     """Say whether a file is a clip: a film, or an animated WebP, GIF, PNG or AVIF of more than one frame.
 
     Goes by the content, not the name; reads headers only.
@@ -116,6 +121,10 @@ def is_video(source: Source) -> bool:
     Raises:
         EmulusError: The file is missing, empty, a folder or may not be read.
     """
+    if isinstance(source, Clip):
+        return True
+    if given_image(source) is not None:
+        return False
     name = name_of(source)
     with opened(source) as file:
         try:
@@ -130,29 +139,42 @@ def is_video(source: Source) -> bool:
 
 
 def read_media(
-    source: Source,
+    source: MediaSource,
     *,
     fps: float | None = None,
     max_frames: int | None = None,
     background: Colour = WHITE,
     limits: Limits = LIMITS,
 ) -> Image.Image | Clip:
-    """Read whichever it is: a picture as RGB, or a clip. Arguments as for :func:`read_video`.
+    """Read whichever it is: an image as RGB, or a clip.
+
+    Args:
+        source: What :func:`read_image` or :func:`read_video` takes, or a clip, which is brought to ``fps`` and
+            ``max_frames``.
+        fps: As for :func:`read_video`.
+        max_frames: As for :func:`read_video`.
+        background: As for :func:`read_video`.
+        limits: As for :func:`read_video`.
 
     Raises:
         EmulusError: It is neither, or is damaged or too large.
     """
+    if isinstance(source, Clip):
+        return read_video(source, fps=fps, max_frames=max_frames, limits=limits)
+    image = given_image(source)
+    if image is not None:
+        return finish(image, name_of(source), background, limits)
     name = name_of(source)
     with opened(source) as file:
         picture = open_picture(file, name)
-        still = picture is not None and not (picture.format in ANIMATED and getattr(picture, "is_animated", False))
-    if still:
-        return read_image(source, background=background, limits=limits)
-    return read_video(source, fps=fps, max_frames=max_frames, background=background, limits=limits)
+        if picture is not None and not (picture.format in ANIMATED and getattr(picture, "is_animated", False)):
+            return finish(picture, name, background, limits)
+        file.seek(0)
+        return _read_clip(file, name, fps=fps, max_frames=max_frames, background=background, limits=limits)
 
 
 def read_video(
-    source: Source,
+    source: MediaSource,
     *,
     fps: float | None = None,
     max_frames: int | None = None,
@@ -167,7 +189,7 @@ def read_video(
     ones stands several times.
 
     Args:
-        source: A path or a file's content.
+        source: A path, a file's content, an open binary file, or a clip, which is brought to the rate.
         fps: Frames per second wanted; None for the clip's own.
         max_frames: Keep at most this many frames, from the start; the rest is not decoded.
         background: What shows through transparent frames, red, green, blue in 0 to 255.
@@ -179,13 +201,24 @@ def read_video(
     Raises:
         EmulusError: The file is missing, empty, no clip, corrupt, truncated, or beyond the limits.
     """
+    if isinstance(source, Clip):
+        return resample(source, source.fps if fps is None else fps, max_frames=max_frames, limits=limits)
+    name = name_of(source)
+    if given_image(source) is not None:
+        raise EmulusError(f"{name} is a still image, not a clip; read it with read_image")
+    with opened(source) as file:
+        return _read_clip(file, name, fps=fps, max_frames=max_frames, background=background, limits=limits)
+
+
+def _read_clip(
+    file: BinaryIO, name: str, *, fps: float | None, max_frames: int | None, background: Colour, limits: Limits
+) -> Clip:
     if fps is not None:
         _check_fps(fps)
     if max_frames is not None and max_frames < 1:
         raise EmulusError(f"max_frames is {max_frames}; ask for at least 1")
-    name = name_of(source)
     kept = _Kept(name, limits, max_frames)
-    with opened(source) as file, closing(_timed_frames(file, name, background, limits)) as decoded:
+    with closing(_timed_frames(file, name, background, limits)) as decoded:
         frames = _counted(decoded, name, limits)
         rate = _at_own_rate(frames, kept) if fps is None else _at_rate(frames, fps, kept)
     return Clip(tuple(kept.frames), rate)
@@ -353,7 +386,7 @@ def _counted(frames: Iterator[_Timed], name: str, limits: Limits) -> Iterator[_T
 
 def _animation_frames(image: ImageFile.ImageFile, name: str, background: Colour, limits: Limits) -> Iterator[_Timed]:
     if image.format not in ANIMATED or (image.format == "PNG" and not getattr(image, "is_animated", False)):
-        raise EmulusError(f"{name} is a still picture, not a clip; read it with read_image")
+        raise EmulusError(f"{name} is a still image, not a clip; read it with read_image")
     # Of a GIF, the number of frames is known only at the end.
     stated = None if image.format == "GIF" else int(getattr(image, "n_frames", 1))
     limits.check_size(name, image.width, image.height)
