@@ -81,10 +81,9 @@ class ParquetCell:
         Raises:
             EmulusError: The Parquet file is damaged or gone, or the row has no content.
         """
-        with parquet_errors(self.path):
-            # Threads that want the same group wait for the first of them to read it.
-            with _reading:
-                value = _columns.of(self.path, self.group, self.column).value(self.row)
+        # Threads that want the same group wait for the first of them to read it.
+        with parquet_errors(self.path), _reading:
+            value = _columns.of(self.path, self.group, self.column).value(self.row)
         return _content(value, self.path.parent, self.where)
 
 

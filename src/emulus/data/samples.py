@@ -275,7 +275,7 @@ def _text(sample: _Sample[Any], row: Row) -> Stored:
                 "texts that are too long",
                 f"{row.where} has {place.size:,} bytes, more than the {MAX_TEXT:,} allowed; split it",
             )
-        return place  # type: ignore[no-any-return]
+        return place
     column = next((name for name in TEXT_COLUMNS if name in row.values), None)
     if column is None or ".json" not in sample.words:
         raise LeftOutError("no text", f"{row.where} has no column {' or '.join(TEXT_COLUMNS)}; add a text")

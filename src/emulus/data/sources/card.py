@@ -86,9 +86,10 @@ def _default(configs: Any, found: list[str], root: Path) -> str:
         if name in found:
             return name
     if len(found) > 1:
+        listed = shown(", ".join(found), quote=False)
         raise EmulusError(
-            f"{root / CARD} lists {len(found)} configs ({shown(', '.join(found), quote=False)}) and none is the default; "
-            "name the folder of one, or its files by a pattern such as 'FOLDER/NAME/*.parquet'"
+            f"{root / CARD} lists {len(found)} configs ({listed}) and none is the default; name the folder of "
+            "one, or its files by a pattern such as 'FOLDER/NAME/*.parquet'"
         )
     return found[0]
 

@@ -81,19 +81,22 @@ def parts_of(files: Sequence[Path], reading: Reading, *, folder: bool, what: Pat
     choice = Choice(reading=reading, folder=folder)
     card = read_card(reading.root, map(choice.name, files), reading.account) if folder else None
     _sort(files, choice, card)
+    if not folder:
+        _add_words(choice)
     chosen, beside = _choose(choice)
     read: set[Path] = set()
+    bare = chosen == "samples" and not _has_samples(choice)
+    if not chosen or (bare and (choice.errors or len(choice.loose) == 1 and not folder)):
+        raise _nothing(choice, what)
     if isinstance(chosen, list):
         read = {each.path if isinstance(each, Table) else each for each in chosen}
         _decide_splits(choice, sorted(read), card)
         for each in chosen:
             yield (each.path, each.items(reading)) if isinstance(each, Table) else _part(each, reading)
-    elif chosen == "samples":
+    else:
         read = set(choice.loose.values())
         _decide_splits(choice, choice.media, card)
         yield reading.root, loose_items(reading.root, choice.loose, reading)
-    else:
-        raise _nothing(choice, what)
     _count_rest(choice, read, beside)
 
 
@@ -138,6 +141,15 @@ def _sort(files: Sequence[Path], choice: Choice, card: Card | None) -> None:
                 choice.media.append(file)
 
 
+def _add_words(choice: Choice) -> None:
+    """Where a pattern names pictures, the words beside them belong to them."""
+    for folder in {file.parent for file in choice.media}:
+        keys = {key for file in choice.media if file.parent == folder for key in (file.with_suffix(""), file)}
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in WORD_SUFFIXES and file.with_suffix("") in keys and file.is_file():
+                choice.loose[choice.name(file)] = file
+
+
 def _sort_table(file: Path, kind: str, choice: Choice, *, is_root: bool) -> None:
     account, name = choice.reading.account, choice.name(file)
     try:
@@ -170,7 +182,7 @@ def _choose(choice: Choice) -> tuple[list[Table | Path] | str, str]:
     naming = [table for table in choice.tables if not table.holds_media]
     texts = _texts(choice)
     if not choice.folder and not choice.media:
-        return [*choice.tables, *choice.tars, *texts] or "", "the files that were named"
+        return [*choice.tables, *choice.tars, *texts], "the files that were named"
     for name in TABLES if choice.folder else ():
         for table in choice.tables:
             if table.path == root / name:
@@ -265,10 +277,14 @@ def _nothing(choice: Choice, what: Path) -> EmulusError:
         return choice.errors[0]
     _count_rest(choice, set(), "nothing")
     summary = choice.reading.account.summary()
+    if not choice.folder and what.suffix.lower() in _COMPRESSED:
+        return EmulusError(
+            f"{what} is compressed, so nothing in it can be found without reading all; decompress or unpack it"
+        )
     if not choice.folder:
         if len(choice.loose) == 1:
             return EmulusError(
-                f"{what} is no data set; name a .parquet file or a folder of media with captions.jsonl (see docs/data.md)"
+                f"{what} is no data set; name a table, a tar or a folder of media with captions.jsonl (see docs/data.md)"
             )
         return EmulusError(f"{what} names no data; {summary or 'check the pattern'}")
     return EmulusError(

@@ -135,11 +135,12 @@ def columns_of(names: Sequence[str], sample: Sequence[Mapping[str, Any]], where:
     if texts and not media:
         _check_no_addresses(names, sample, where)
         return Columns(texts=texts)
-    if any(given(row.get("kind")) == "text" for row in sample) and not captions:
+    if not media and any(given(row.get("kind")) == "text" for row in sample):
         return Columns(texts=TEXT_COLUMNS)
     wanted = CAPTION_COLUMNS if media else MEDIA_COLUMNS
+    present = shown(", ".join(map(str, names)) or "none", quote=False)
     raise UnfitError(
-        f"{where} has no column {' or '.join(wanted)}; it has {shown(', '.join(map(str, names)) or 'none', quote=False)}"
+        f"{where} has no column {' or '.join(wanted)}; it has {present}"
         f"{_closest(wanted, names)}"
     )
 
@@ -175,9 +176,9 @@ def _like_media(names: Sequence[str], sample: Sequence[Mapping[str, Any]], where
     known |= set(ADDRESS_COLUMNS)
     found = [name for name in names if name not in known and _are_media((name,), sample)]
     if len(found) > 1:
+        several = shown(", ".join(found), quote=False)
         raise UnfitError(
-            f"{where} has several columns of media ({shown(', '.join(found), quote=False)}); call the one that is meant "
-            "'image' or 'video'"
+            f"{where} has several columns of media ({several}); call the one that is meant 'image' or 'video'"
         )
     return tuple(found)
 
@@ -217,6 +218,6 @@ def _check_no_addresses(names: Sequence[str], sample: Sequence[Mapping[str, Any]
             str(name).lower() != "url" or _are_media((name,), sample) or {"width", "height"} <= set(names)
         ):
             raise UnfitError(
-                f"{where} names images by addresses ({name}), which are not downloaded; fetch the files and name them in "
-                "a column 'file'"
+                f"{where} names images by addresses ({name}), which are not downloaded; fetch the files and name them "
+                "in a column 'file'"
             )
