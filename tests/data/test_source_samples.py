@@ -129,7 +129,15 @@ def test_what_a_sample_lacks_is_said_when_it_is_read(tmp_path: Path) -> None:
         "8.txt": b"eight",
     }
     source = open_source(write_tar(tmp_path / "t.tar", files))
-    messages = ["no words beside", "no picture or clip", "is empty", "not valid JSON", "fps 'fast'", "is empty", "UTF-8"]
+    messages = [
+        "no words beside",
+        "no picture or clip",
+        "is empty",
+        "not valid JSON",
+        "fps 'fast'",
+        "is empty",
+        "UTF-8",
+    ]
     assert len(source) == len(messages) + 2
     for item, message in zip(source, messages, strict=False):
         with pytest.raises(EmulusError, match=message) as caught:

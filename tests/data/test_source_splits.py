@@ -203,9 +203,7 @@ dataset_info:
         ),
     ],
 )
-def test_the_card_says_which_files_are_of_which_split(
-    tmp_path: Path, configs: str, expected: dict[str, str]
-) -> None:
+def test_the_card_says_which_files_are_of_which_split(tmp_path: Path, configs: str, expected: dict[str, str]) -> None:
     write(tmp_path, "data/a-0.parquet", "data/b-0.parquet", "data/c.parquet")
     (tmp_path / "README.md").write_text(CARD.format(configs=configs))
     source = open_source(tmp_path)
@@ -217,13 +215,16 @@ def test_several_configs_without_a_default(tmp_path: Path) -> None:
     write(tmp_path, "en/train.parquet", "de/test.parquet")
     configs = "- config_name: en\n  data_files: en/*\n- config_name: de\n  data_files: de/*\n"
     (tmp_path / "README.md").write_text(CARD.format(configs=configs))
-    with pytest.raises(EmulusError, match=r"README.md lists 2 configs \(en, de\) and none is the default; name the fol"):
+    with pytest.raises(
+        EmulusError, match=r"README.md lists 2 configs \(en, de\) and none is the default; name the fol"
+    ):
         open_source(tmp_path)
     assert Counter(item.split for item in open_source(tmp_path / "de")) == {"test": 3}
 
 
 @pytest.mark.parametrize(
-    "configs", ["- [", "- config_name: x\n  data_files: 5\n", "- 3\n", "  data_files: {a: {b: c}}\n", "- data_files: z/*\n"]
+    "configs",
+    ["- [", "- config_name: x\n  data_files: 5\n", "- 3\n", "  data_files: {a: {b: c}}\n", "- data_files: z/*\n"],
 )
 def test_cards_that_say_nothing_of_use(tmp_path: Path, configs: str) -> None:
     write(tmp_path, "train.parquet", "test.parquet")

@@ -20,9 +20,11 @@ from emulus.errors import EmulusError, shown
 
 BUFFER = 2**20
 """Bytes of a column that are read from the disk at a time."""
-_BATCH_BYTES = 2**20
-_MOST_ROWS = 1024
-_WINDOW_BYTES, _WINDOW_BATCHES = 2**26, 4
+_FEW_ROWS, _MOST_ROWS, _BATCH_BYTES = 4, 1024, 2**26
+"""Values that are unpacked at a time: few, unless all of a column together could be unpacked so often."""
+_LARGE = 2**18
+"""Bytes of values that are unpacked one at a time."""
+_WINDOW_ROWS, _WINDOW_BYTES = 8, 2**26
 """What is kept of the values that were passed, as readers in several threads ask out of order."""
 _OPEN_COLUMNS = 2
 _MOST_UNPACKED, _MOST_TIMES = 2**28, 100
@@ -137,8 +139,8 @@ def _content(value: Any, folder: Path, where: str) -> bytes | str | Path:
 class _Column:
     """One column of one row group. It is read forward, and the values that were passed last are kept.
 
-    A row group may hold more than memory, and a few bytes may unpack to gigabytes, so never more than a batch of about
-    a megabyte, or of one value, is unpacked at a time. Values that a dictionary holds once stay so.
+    A row group may hold more than memory, and a few bytes may unpack to gigabytes, as dictionaries hold once what many
+    rows have. So only a few values are unpacked at a time.
     """
 
     def __init__(self, path: Path, group: int, column: str) -> None:
@@ -150,13 +152,12 @@ class _Column:
         stored = sum(chunk.total_compressed_size for chunk in found)
         if unpacked > max(_MOST_UNPACKED, _MOST_TIMES * stored):
             raise EmulusError(f"{path}: {shown(column)} unpacks to {unpacked:,} bytes from {stored:,}; restore it")
-        self._leaves = [chunk.path_in_schema for chunk in found if chunk.physical_type == "BYTE_ARRAY"]
-        average = max(unpacked // max(chunks.num_rows, 1), 1)
-        self._rows = min(max(_BATCH_BYTES // average, 1), _MOST_ROWS)
+        few = 1 if unpacked > _LARGE * chunks.num_rows else _FEW_ROWS
+        self._rows = min(max(_BATCH_BYTES // max(unpacked, 1), few), _MOST_ROWS)
         self._rewind()
 
     def _rewind(self) -> None:
-        file = pq.ParquetFile(self._path, read_dictionary=self._leaves, buffer_size=BUFFER, pre_buffer=False)
+        file = pq.ParquetFile(self._path, buffer_size=BUFFER, pre_buffer=False)
         self._batches = file.iter_batches(self._rows, row_groups=[self._group], columns=[self._column])
         self._window: deque[tuple[int, pa.Array]] = deque()
         self._kept, self._next = 0, 0
@@ -178,7 +179,7 @@ class _Column:
         self._window.append((self._next, array))
         self._next += len(array)
         self._kept += array.nbytes
-        while self._kept > _WINDOW_BYTES and len(self._window) > _WINDOW_BATCHES:
+        while self._kept > _WINDOW_BYTES and self._next - self._window[0][0] - len(self._window[0][1]) >= _WINDOW_ROWS:
             self._kept -= self._window.popleft()[1].nbytes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from emulus.data.sources.columns import (
     TEXT_COLUMNS,
     Columns,
     columns_of,
-    given,
 )
 from emulus.data.sources.csvrows import csv_rows
 from emulus.data.sources.jsonrows import json_rows, jsonl_rows
@@ -73,65 +72,63 @@ class Table:
         """
         count = usable = 0
         first: LeftOutError | None = None
+        prefix = plain_name(stem_of(self.path.relative_to(reading.root)).as_posix())
+        # That names of files are relative to: the table's own folder, else the data set's.
+        folders = list(dict.fromkeys((self.path.parent, reading.root)))
+        split = reading.split_of(self.path)
         for row in self.rows():
             count += 1
-            is_text = self.columns.is_texts or given(row.values.get("kind")) == "text"
-            split = reading.split_of(self.path)
+            identity = f"{prefix}/{row.number}"
+            is_text = self.columns.is_texts or row.values.get("kind") == "text"
             try:
                 if row.fault is not None:
                     raise row.fault
-                item = self._text_item(row, reading, split) if is_text else self._media_item(row, reading, split)
+                if is_text:
+                    item = _text_item(row, identity, reading, split)
+                else:
+                    item = self._media_item(row, identity, reading, split, folders)
                 usable += 1
             except LeftOutError as error:
                 first = first or error
                 kind: Kind = "text" if is_text else "image"
                 name = row.where.removeprefix(f"{reading.root}/")
-                identity = self._numbered(row, reading.root)
                 item = missing_item(error, identity, name, self.path, reading, kind=kind, split=split, unit="row")
             yield item
         if first is not None and not usable:
             raise EmulusError(f"none of the {count:,} rows of {self.path} can be used; the first: {first}")
 
-    def _media_item(self, row: Row, reading: Reading, split: Split | None) -> Item:
+    def _media_item(
+        self, row: Row, identity: str, reading: Reading, split: Split | None, folders: Sequence[Path]
+    ) -> Item:
         captions, questions, named = words_of(row, self.columns)
-        column, stored = media_of(row, self.columns, self._folders(reading), named)
+        column, stored = media_of(row, self.columns, folders, named)
         if isinstance(stored, Path):
             inner = stored.relative_to(reading.root).as_posix()
             identity = plain_name(inner)
             split = split or reading.split_inside(inner)
             reading.used.add(stored)
-        else:
-            identity = self._numbered(row, reading.root)
         kind = kind_of(row, column, stored)
         return item_of(
             row, identity, reading, kind=kind, captions=captions, questions=questions, stored=stored, split=split
         )
 
-    def _folders(self, reading: Reading) -> list[Path]:
-        """That names of files are relative to: the table's own folder, else the data set's."""
-        folder = self.path.parent
-        return [folder] if folder == reading.root else [folder, reading.root]
 
-    def _numbered(self, row: Row, root: Path) -> str:
-        return f"{plain_name(stem_of(self.path.relative_to(root)).as_posix())}/{row.number}"
-
-    def _text_item(self, row: Row, reading: Reading, split: Split | None) -> Item:
-        stored = row.stored
-        if stored is None:
-            names = [name for name in TEXT_COLUMNS if name in row.values]
-            found = [name for name in names if row.values[name] is not None]
-            if not names:
-                raise LeftOutError(
-                    "no text", f"{row.where} has no column {' or '.join(TEXT_COLUMNS)}; add a text or remove that row"
-                )
-            if not found or row.values[found[0]] == "":
-                raise LeftOutError("no text", f"{row.where}: {shown(names[0])} is empty; add a text or remove that row")
-            text = row.values[found[0]]
-            if not isinstance(text, str):
-                raise LeftOutError("texts that are none", f"{row.where}: {shown(found[0])} is not a text; fix that row")
-            stored = text if row.text_at is None else row.text_at(found[0])
-        identity = self._numbered(row, reading.root)
-        return item_of(row, identity, reading, kind="text", captions=(), stored=stored, split=split)
+def _text_item(row: Row, identity: str, reading: Reading, split: Split | None) -> Item:
+    stored = row.stored
+    if stored is None:
+        names = [name for name in TEXT_COLUMNS if name in row.values]
+        found = [name for name in names if row.values[name] is not None]
+        if not names:
+            raise LeftOutError(
+                "no text", f"{row.where} has no column {' or '.join(TEXT_COLUMNS)}; add a text or remove that row"
+            )
+        if not found or row.values[found[0]] == "":
+            raise LeftOutError("no text", f"{row.where}: {shown(names[0])} is empty; add a text or remove that row")
+        text = row.values[found[0]]
+        if not isinstance(text, str):
+            raise LeftOutError("texts that are none", f"{row.where}: {shown(found[0])} is not a text; fix that row")
+        stored = text if row.text_at is None else row.text_at(found[0])
+    return item_of(row, identity, reading, kind="text", captions=(), stored=stored, split=split)
 
 
 def stem_of(path: Path) -> Path:

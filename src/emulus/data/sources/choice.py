@@ -34,7 +34,8 @@ TABLES = tuple(f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffi
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".rar", ".7z", ".lz4")
 _OWN_FOLDER = frozenset({"train", "training", "validation", "valid", "val", "test", "testing"})
 _MEDIA = MEDIA_SUFFIXES | ALSO_MEDIA
-_TABLES_UNFIT = "tables that cannot be used"
+_UNFIT = "tables with neither texts nor media and captions"
+_DAMAGED = "tables that cannot be read"
 
 Part = tuple[Path, Iterable[Item]]
 
@@ -64,6 +65,10 @@ class Choice:
     def name(self, file: Path) -> str:
         """A file's name inside the data set."""
         return file.relative_to(self.reading.root).as_posix()
+
+    def short(self, error: EmulusError) -> str:
+        """A message in which files are called by their names inside the data set."""
+        return str(error).replace(f"{self.reading.root}/", "")
 
 
 def parts_of(files: Sequence[Path], reading: Reading, *, folder: bool, what: Path) -> Iterator[Part]:
@@ -162,7 +167,8 @@ def _sort_table(file: Path, kind: str, choice: Choice, *, is_root: bool) -> None
         if kind == "json":
             choice.loose[name] = file
         else:
-            account.leave_out(_TABLES_UNFIT, str(error).replace(f"{choice.reading.root}/", ""))
+            unfit = isinstance(error, UnfitError)
+            account.leave_out(_UNFIT if unfit else _DAMAGED, name if unfit else choice.short(error))
         return
     if not (table.columns.media or table.columns.texts):
         account.leave_out("tables without rows", name)

@@ -42,6 +42,8 @@ _NOT_GIVEN = frozenset({"", "nan", "NaN", "NAN", "<NA>", "NaT", "None", "null", 
 
 def given(value: Any) -> Any:
     """A value, or None for all that tables write where there is none: null, NaN, empty or blank text, ``<NA>`` ..."""
+    if value is None:
+        return None
     if isinstance(value, str):
         return None if value.strip() in _NOT_GIVEN else value
     if isinstance(value, float) and math.isnan(value):
@@ -49,7 +51,7 @@ def given(value: Any) -> Any:
     if isinstance(value, list | tuple | Mapping) and not value:
         return None
     # numpy's and pandas' values that are unequal to themselves or print so.
-    return None if value is None or str(type(value).__name__) in ("NaTType", "NAType") else value
+    return None if type(value).__name__ in ("NaTType", "NAType") else value
 
 
 def first_given(values: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any] | None:
@@ -139,10 +141,7 @@ def columns_of(names: Sequence[str], sample: Sequence[Mapping[str, Any]], where:
         return Columns(texts=TEXT_COLUMNS)
     wanted = CAPTION_COLUMNS if media else MEDIA_COLUMNS
     present = shown(", ".join(map(str, names)) or "none", quote=False)
-    raise UnfitError(
-        f"{where} has no column {' or '.join(wanted)}; it has {present}"
-        f"{_closest(wanted, names)}"
-    )
+    raise UnfitError(f"{where} has no column {' or '.join(wanted)}; it has {present}{_closest(wanted, names)}")
 
 
 def _closest(wanted: Sequence[str], names: Collection[str]) -> str:

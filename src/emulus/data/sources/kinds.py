@@ -9,7 +9,7 @@ from emulus.data.parquet import ArrowCell, ParquetCell
 from emulus.data.sources.account import LeftOutError
 from emulus.data.sources.columns import ALWAYS_VIDEO, NEVER_VIDEO, given
 from emulus.data.sources.rows import Row
-from emulus.data.stored import TarMember, head_of
+from emulus.data.stored import LFS_REASON, TarMember, head_of, is_lfs_pointer
 from emulus.errors import EmulusError, did_you_mean, shown
 from emulus.media import is_video, media_type
 from emulus.media.signatures import HEAD, image_format
@@ -27,6 +27,8 @@ def kind_of(row: Row, column: str, stored: Stored) -> Kind:
     Raises:
         LeftOutError: The row says something else.
     """
+    if isinstance(stored, Path) and is_lfs_pointer(head_of(stored, 64)):
+        raise LeftOutError(LFS_REASON, f"{row.where}: {stored.name} is one of {LFS_REASON}")
     said = given(row.values.get("kind"))
     if said is not None:
         if said not in KINDS:
