@@ -20,11 +20,11 @@ from emulus.errors import EmulusError, shown
 
 BUFFER = 2**20
 """Bytes of a column that are read from the disk at a time."""
-_FEW_ROWS, _MOST_ROWS, _BATCH_BYTES = 4, 1024, 2**26
+_FEW_ROWS, _MOST_ROWS, _BATCH_BYTES = 4, 1024, 2**25
 """Values that are unpacked at a time: few, unless all of a column together could be unpacked so often."""
 _LARGE = 2**18
 """Bytes of values that are unpacked one at a time."""
-_WINDOW_ROWS, _WINDOW_BYTES = 8, 2**26
+_WINDOW_ROWS, _WINDOW_BYTES = 8, 2**25
 """What is kept of the values that were passed, as readers in several threads ask out of order."""
 _OPEN_COLUMNS = 2
 _MOST_UNPACKED, _MOST_TIMES = 2**28, 100
@@ -200,9 +200,18 @@ class _Columns:
         self._open.move_to_end(key)
         return self._open[key]
 
+    def close(self) -> None:
+        self._open.clear()
+
 
 _reading = threading.Lock()
 _columns = _Columns()
+
+
+def close_files() -> None:
+    """Let go of the columns that were read last, and of their memory."""
+    with _reading:
+        _columns.close()
 
 
 def _plain(scalar: pa.Scalar, where: str) -> Any:

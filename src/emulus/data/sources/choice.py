@@ -91,7 +91,7 @@ def parts_of(files: Sequence[Path], reading: Reading, *, folder: bool, what: Pat
     chosen, beside = _choose(choice)
     read: set[Path] = set()
     bare = chosen == "samples" and not _has_samples(choice)
-    if not chosen or (bare and (choice.errors or len(choice.loose) == 1 and not folder)):
+    if not chosen or (bare and (choice.errors or (len(choice.loose) == 1 and not folder))):
         raise _nothing(choice, what)
     if isinstance(chosen, list):
         read = {each.path if isinstance(each, Table) else each for each in chosen}
@@ -293,7 +293,8 @@ def _nothing(choice: Choice, what: Path) -> EmulusError:
                 f"{what} is no data set; name a table, a tar or a folder of media with captions.jsonl (see docs/data.md)"
             )
         return EmulusError(f"{what} names no data; {summary or 'check the pattern'}")
+    why = f"{summary}; " if summary else ""
     return EmulusError(
         f"{what} holds neither a table of captions (captions.jsonl, captions.csv, captions.parquet) nor tars, Parquet, "
-        f"texts, or pictures with texts of the same name; {f'{summary}; ' if summary else ''}see docs/data.md"
+        f"texts, or pictures with texts of the same name; {why}see docs/data.md"
     )

@@ -18,6 +18,7 @@ from emulus.data.sources.account import LeftOutError, UnfitError
 from emulus.data.sources.columns import (
     CAPTION_COLUMNS,
     MEDIA_COLUMNS,
+    MORE_CAPTION_COLUMNS,
     MORE_COLUMNS,
     MORE_MEDIA_COLUMNS,
     TEXT_COLUMNS,
@@ -114,6 +115,8 @@ def arrow_rows(path: Path, columns: Columns) -> Iterator[Row]:
 
 def holds_bytes(kind: pa.DataType) -> bool:
     """Whether a column holds media: bytes, Hugging Face's struct of ``bytes`` and ``path``, or a list of such."""
+    if pa.types.is_dictionary(kind):
+        return holds_bytes(kind.value_type)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
@@ -189,20 +192,24 @@ def _sampled(path: Path, file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
 
 def _telling(schema: pa.Schema) -> list[str]:
     """Columns whose values tell what they are: not those of captions and texts, which their names tell."""
-    known = {*CAPTION_COLUMNS, *TEXT_COLUMNS}
-    return [field.name for field in schema if _is_words(field.type) and field.name.strip().lower() not in known]
+    known, maybe = {*CAPTION_COLUMNS, *TEXT_COLUMNS}, {*MORE_CAPTION_COLUMNS}
+    return [
+        field.name
+        for field in schema
+        if (name := field.name.strip().lower()) not in known and (name in maybe or _is_words(field.type))
+    ]
 
 
 def _is_words(kind: pa.DataType) -> bool:
     """Whether a column may hold words or names of files, by which a table is understood."""
-    if pa.types.is_dictionary(kind):
-        return _is_words(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _is_words(kind.value_type) or (pa.types.is_struct(kind.value_type) and not holds_bytes(kind))
     return _is_text(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 

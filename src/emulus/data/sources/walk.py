@@ -16,7 +16,8 @@ _NOT_DATA_FOLDERS = frozenset({"__macosx", "__pycache__", "@eadir", "$recycle.bi
 _NOT_DATA_FILES = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db"})
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|authors|contributing|changelog|code_of_conduct)"
-    r"([-_.][\w.-]*)?\.(md|txt|rst|cff|bib|html)|(readme|licen[cs]e|copying|notice|citation|authors)",
+    r"([-_.][\w.-]*)?\.(md|txt|rst|cff|bib|html)|(readme|licen[cs]e|copying|notice|citation|authors)"
+    r"|(dataset_infos?|dataset_dict|state)\.json",
     re.IGNORECASE,
 )
 _HIDDEN = "hidden, or made by the system"
