@@ -563,7 +563,7 @@ def test_nothing_that_can_be_read_is_an_error(model: Path, tmp_path: Path) -> No
     tar = in_tar(tmp_path / "t.tar", {"0.png": b"no", "0.txt": b"a", "1.png": b"no", "1.txt": b"b"})
     config = TokenizeConfig(sources=(tar,), vocabulary=str(model), out=tmp_path / "out", size=16)
     for _ in range(2):
-        with pytest.raises(EmulusError, match=r"none of the items could be encoded; the first: t/0: .*not a picture"):
+        with pytest.raises(EmulusError, match=r"none of the items could be encoded; the first: t/0: .*not an? (picture|image)"):
             tokenize(config)
 
 

@@ -122,7 +122,7 @@ def _text_item(row: Row, identity: str, reading: Reading, split: Split | None) -
             raise LeftOutError(
                 "no text", f"{row.where} has no column {' or '.join(TEXT_COLUMNS)}; add a text or remove that row"
             )
-        if not found or row.values[found[0]] == "":
+        if not found:
             raise LeftOutError("no text", f"{row.where}: {shown(names[0])} is empty; add a text or remove that row")
         text = row.values[found[0]]
         if not isinstance(text, str):
