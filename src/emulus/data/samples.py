@@ -86,8 +86,8 @@ def tar_items(path: Path, name: str, reading: Reading) -> Iterator[Item]:
     """
     files: dict[str, TarMember] = {}
     for member in tar_members(path):
-        inner = PurePosixPath(member.name)
-        if inner.name.startswith("__") or any(is_hidden(part) for part in inner.parts if part not in (".", "..")):
+        parts = member.name.split("/")
+        if parts[-1].startswith("__") or any(is_hidden(part) for part in parts if part not in (".", "..")):
             reading.account.pass_over("hidden, or made by the system", f"{path.name}: {member.name}")
         elif member.name in files:
             reading.account.leave_out("a name that the tar has twice", f"{path.name}: {member.name}")
@@ -115,6 +115,11 @@ def _by_dots(files: Mapping[str, TarMember]) -> dict[str, _Sample[TarMember]]:
     key ends at the last dot.
     """
     first: dict[str, _Sample[TarMember]] = {}
+    if all(name.rpartition("/")[2].count(".") <= 1 for name in files):
+        for name, member in files.items():
+            key, suffix = _divided(name, last=False)
+            first.setdefault(key, _Sample()).add(suffix, member)
+        return first
     last: dict[str, _Sample[TarMember]] = {}
     for name, member in files.items():
         for samples, (key, suffix) in ((first, _divided(name, last=False)), (last, _divided(name, last=True))):
@@ -133,10 +138,15 @@ def _by_dots(files: Mapping[str, TarMember]) -> dict[str, _Sample[TarMember]]:
 
 
 def _divided(name: str, *, last: bool) -> tuple[str, str]:
-    path = PurePosixPath(name)
-    stop = len(path.stem) if last else path.name.find(".")
-    stop = len(path.name) if stop < 0 else stop
-    return (path.parent / path.name[:stop]).as_posix(), path.name[stop:]
+    """The key and the suffix of a file's name: at the first dot of its last part, or at the last one."""
+    folder, slash, base = name.rpartition("/")
+    if folder.startswith(".") or "//" in name or "/./" in name:
+        folder = PurePosixPath(name).parent.as_posix()
+        folder, slash = ("", "") if folder == "." else (folder, "/")
+    # A dot at the beginning or the end divides nothing.
+    stop = len(PurePosixPath(base).stem) if last else base.find(".")
+    stop = len(base) if stop < 0 else stop
+    return f"{folder}{slash}{base[:stop]}", base[stop:]
 
 
 def loose_items(folder: Path, files: Mapping[str, Path], reading: Reading) -> Iterator[Item]:

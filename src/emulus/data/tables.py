@@ -27,19 +27,19 @@ from emulus.errors import EmulusError, shown
 __all__ = ["CAPTION_COLUMNS", "MEDIA_COLUMNS", "TEXT_COLUMNS", "Table", "open_table", "plain_name", "table_type"]
 
 _TYPES = {
-    **{".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"},
-    **{".arrow": "arrow", ".pq": "parquet"},
+    **{"parquet": "parquet", "pq": "parquet", "arrow": "arrow", "csv": "csv", "tsv": "csv"},
+    **{"jsonl": "jsonl", "ndjson": "jsonl", "json": "json"},
 }
 _SAMPLE_ROWS, _SAMPLE_BYTES = 32, 2**20
 
 
 def table_type(path: Path) -> str:
     """What kind of table a file is by its name: ``parquet``, ``arrow``, ``jsonl``, ``json``, ``csv``, or nothing."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes[-1:] == [".gz"]:
-        kind = _TYPES.get(suffixes[0], "")
+    stem, _, suffix = path.name.lower().rpartition(".")
+    if suffix == "gz":
+        kind = _TYPES.get(stem.rpartition(".")[2], "")
         return kind if kind in ("jsonl", "csv") else ""
-    return _TYPES.get(suffixes[-1], "") if suffixes else ""
+    return _TYPES.get(suffix, "") if stem else ""
 
 
 @dataclass(frozen=True, kw_only=True)

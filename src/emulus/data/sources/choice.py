@@ -34,6 +34,7 @@ TABLES = tuple(f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffi
 _COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".rar", ".7z", ".lz4")
 _OWN_FOLDER = frozenset({"train", "training", "validation", "valid", "val", "test", "testing"})
 _MEDIA = MEDIA_SUFFIXES | ALSO_MEDIA
+_WORDS = WORD_SUFFIXES | TEXT_SUFFIXES
 _UNFIT = "tables with neither texts nor media and captions"
 _DAMAGED = "tables that cannot be read"
 
@@ -115,13 +116,14 @@ def _part(file: Path, reading: Reading) -> Part:
 def _sort(files: Sequence[Path], choice: Choice, card: Card | None) -> None:
     """Put every file where it belongs, by its name and by its first bytes."""
     account = choice.reading.account
-    keys = {file.with_suffix("") for file in files if file.suffix.lower() in _MEDIA}
-    keys |= {file for file in files if file.suffix.lower() in _MEDIA}
+    keys: set[Path] = set()
+    if any(file.suffix.lower() == ".json" for file in files):
+        keys = {key for file in files if file.suffix.lower() in _MEDIA for key in (file, file.with_suffix(""))}
     root_table = next((name for name in TABLES if choice.folder and choice.reading.root / name in files), None)
     for file in files:
-        name, kind = choice.name(file), table_type(file)
-        is_container = bool(kind) or file.suffix.lower() == ".tar"
-        named_texts = not choice.folder and file.suffix.lower() in TEXT_SUFFIXES
+        name, kind, suffix = choice.name(file), table_type(file), file.suffix.lower()
+        is_container = bool(kind) or suffix == ".tar"
+        named_texts = not choice.folder and suffix in TEXT_SUFFIXES
         if is_about(file.name) and not named_texts:
             account.pass_over("about the data set", name)
         elif card is not None and name in card.others:
@@ -131,18 +133,18 @@ def _sort(files: Sequence[Path], choice: Choice, card: Card | None) -> None:
         elif is_container and is_lfs_pointer(head_of(file, 64)):
             account.leave_out(LFS_REASON, name)
             choice.errors.append(EmulusError(f"{file}: {LFS_REASON}"))
-        elif file.suffix.lower() == ".tar":
+        elif suffix == ".tar":
             choice.tars.append(file)
         elif kind == "json" and file.with_suffix("") in keys:
             choice.loose[name] = file
         elif kind:
             _sort_table(file, kind, choice, is_root=name == root_table)
-        elif file.suffix.lower() in _COMPRESSED:
+        elif suffix in _COMPRESSED:
             account.leave_out("compressed archives; unpack them", name)
         else:
             choice.loose[name] = file
-            unknown = file.suffix.lower() not in WORD_SUFFIXES | TEXT_SUFFIXES
-            if file.suffix.lower() in _MEDIA or (unknown and media_type(head_of(file, HEAD)) is not None):
+            unknown = suffix not in _WORDS
+            if suffix in _MEDIA or (unknown and media_type(head_of(file, HEAD)) is not None):
                 choice.media.append(file)
 
 
@@ -186,9 +188,8 @@ def _choose(choice: Choice) -> tuple[list[Table | Path] | str, str]:
     root = choice.reading.root
     holding = [table for table in choice.tables if table.holds_media]
     naming = [table for table in choice.tables if not table.holds_media]
-    texts = _texts(choice)
     if not choice.folder and not choice.media:
-        return [*choice.tables, *choice.tars, *texts], "the files that were named"
+        return [*choice.tables, *choice.tars, *_texts(choice)], "the files that were named"
     for name in TABLES if choice.folder else ():
         for table in choice.tables:
             if table.path == root / name:
@@ -206,7 +207,7 @@ def _choose(choice: Choice) -> tuple[list[Table | Path] | str, str]:
         return "samples", "images and clips"
     if holding or naming:
         return [*(holding or naming)], "tables of texts"
-    return [*texts], "texts"
+    return [*_texts(choice)], "texts"
 
 
 def _has_samples(choice: Choice) -> bool:

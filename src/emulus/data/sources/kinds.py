@@ -27,7 +27,9 @@ def kind_of(row: Row, column: str, stored: Stored) -> Kind:
     Raises:
         LeftOutError: The row says something else.
     """
-    if isinstance(stored, Path) and is_lfs_pointer(head_of(stored, 64)):
+    head = head_of(stored, HEAD) if isinstance(stored, Path) else b""
+    if is_lfs_pointer(head):
+        assert isinstance(stored, Path)
         raise LeftOutError(LFS_REASON, f"{row.where}: {stored.name} is one of {LFS_REASON}")
     said = given(row.values.get("kind"))
     if said is not None:
@@ -44,16 +46,15 @@ def kind_of(row: Row, column: str, stored: Stored) -> Kind:
     name = stored.name if isinstance(stored, Path | TarMember) else ""
     suffix = Path(name).suffix.lower()
     try:
-        return _kind_by_content(stored, suffix)
+        return _kind_by_content(stored, suffix, head)
     except EmulusError:
         # A broken file is reported by whoever reads it, and does not keep the others from being read.
         return "video" if suffix in ALWAYS_VIDEO else "image"
 
 
-def _kind_by_content(stored: Stored, suffix: str) -> Kind:
+def _kind_by_content(stored: Stored, suffix: str, head: bytes) -> Kind:
     if isinstance(stored, Path):
         content: bytes | Path = stored
-        head = head_of(stored)
     elif isinstance(stored, TarMember):
         content, head = b"", stored.head(HEAD)
     else:

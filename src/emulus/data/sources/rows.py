@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from emulus.codec import parse_json
@@ -72,10 +73,15 @@ class Reading:
 
         Once names speak of data that are held out, all that no name speaks of is there to train on.
         """
-        split = split_of_path(PurePosixPath(name).parts[:-1])
+        split = _split_of_folder(name.rpartition("/")[0])
         if split in ("validation", "test"):
             self.rest = "train"
         return split
+
+
+@lru_cache(maxsize=4096)
+def _split_of_folder(folder: str) -> Split | None:
+    return split_of_path(folder.split("/"))
 
 
 def item_of(
