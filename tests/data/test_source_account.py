@@ -289,7 +289,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
             open_source(path)
     server.close()
     for path in ("x" * 5000, "a\0b"):
-        with pytest.raises(EmulusError, match="(cannot be read|does not exist)"):
+        with pytest.raises(EmulusError, match=r"(cannot be read|does not exist)"):
             open_source(path)
 
 

@@ -316,6 +316,35 @@ def test_image_folders_with_a_table_in_each_split(tmp_path: Path, kind: str) -> 
     ]
 
 
+def test_names_without_the_folder_of_the_images(tmp_path: Path) -> None:
+    """As COCO, LLaVA and Flickr have them; which of two files is meant is not guessed."""
+    coco = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    lay(tmp_path / "coco", {"annotations/captions_val2017.json": json.dumps(coco), "val2017/1.jpg": PICTURE})
+    assert [(item.id, item.split) for item in open_source(tmp_path / "coco")] == [("val2017/1.jpg", "validation")]
+    lay(tmp_path / "flickr", {"captions.txt": "image,caption\n1.jpg,a\n1.jpg,b\n", "Images/1.jpg": PICTURE})
+    assert [item.captions for item in open_source(tmp_path / "flickr")] == [("a", "b")]
+    lay(tmp_path / "30k", {"results.csv": "image_name| comment_number| comment\n1.jpg| 0| a dot\n", "x/1.jpg": PICTURE})
+    assert [item.captions for item in open_source(tmp_path / "30k")] == [("a dot",)]
+    rows = [{"file": "1.png", "text": "?"}, {"file": "b/1.png", "text": "b"}]
+    lay(tmp_path / "two", {"x/a/1.png": PICTURE, "x/b/1.png": PICTURE, "t.jsonl": lines(*rows)})
+    assert usable(open_source(tmp_path / "two")) == ["x/b/1.png"]
+
+
+def test_words_of_a_picture_called_captions(tmp_path: Path) -> None:
+    source = open_source(lay(tmp_path, {"captions.png": PICTURE, "captions.txt": "a list of captions"}))
+    assert [(item.id, item.captions) for item in source] == [("captions", ("a list of captions",))]
+
+
+def test_paths_relative_to_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(tmp_path / "set", {"a.png": PICTURE, "a.txt": "a", "t/x.jsonl": lines({"text": "b"}), "t/_SUCCESS": ""})
+    monkeypatch.chdir(tmp_path / "set")
+    assert [item.id for item in open_source(".")] == ["a"]
+    assert [item.id for item in open_source("*.png")] == ["a"]
+    assert [item.id for item in open_source("**/*.jsonl")] == ["x/0"]
+    assert [item.id for item in open_source("t")] == ["x/0"]
+    assert [item.id for item in open_source("t/../t/x.jsonl")] == ["x/0"]
+
+
 def test_names_relative_to_the_data_set(tmp_path: Path) -> None:
     lay(tmp_path, {"images/a.png": PICTURE, "tables/x.jsonl": lines({"file": "images/a.png", "text": "a"})})
     assert usable(open_source(tmp_path)) == ["images/a.png"]

@@ -19,6 +19,7 @@ MAX_MEMBER = 2**30
 """Bytes of a picture or clip inside an archive or table that are taken into memory."""
 MAX_TEXT = 2**26
 """Bytes of one text, or of one line of a table, that are taken into memory."""
+NOT_THERE = "names files that do not exist"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_REASON = "Git LFS pointers, not the files themselves; run 'git lfs install && git lfs pull' in their clone"
 
@@ -262,7 +263,7 @@ def inside(folder: Path, name: object, where: str) -> Path:
         ) from None
     if found is None:
         raise LeftOutError(
-            "names files that do not exist",
+            NOT_THERE,
             f"{where}: {shown(name)} is not in {folder}; restore that file or remove the row",
         )
     return found

@@ -35,6 +35,8 @@ _SAMPLE_ROWS, _SAMPLE_BYTES = 32, 2**20
 
 def table_type(path: Path) -> str:
     """What kind of table a file is by its name: ``parquet``, ``arrow``, ``jsonl``, ``json``, ``csv``, or nothing."""
+    if path.name.lower() == "captions.txt":
+        return "csv"  # where its first line says so, as in Flickr8k
     stem, _, suffix = path.name.lower().rpartition(".")
     if suffix == "gz":
         kind = _TYPES.get(stem.rpartition(".")[2], "")
@@ -101,7 +103,7 @@ class Table:
         self, row: Row, identity: str, reading: Reading, split: Split | None, folders: Sequence[Path]
     ) -> Item:
         captions, questions, named = words_of(row, self.columns)
-        column, stored = media_of(row, self.columns, folders, named)
+        column, stored = media_of(row, self.columns, reading, folders, named)
         if isinstance(stored, Path):
             inner = stored.relative_to(reading.root).as_posix()
             identity = plain_name(inner)

@@ -94,6 +94,7 @@ def parts_of(files: Sequence[Path], reading: Reading, *, folder: bool, what: Pat
     bare = chosen == "samples" and not _has_samples(choice)
     if not chosen or (bare and (choice.errors or (len(choice.loose) == 1 and not folder))):
         raise _nothing(choice, what)
+    reading.media = choice.media
     if isinstance(chosen, list):
         read = {each.path if isinstance(each, Table) else each for each in chosen}
         _decide_splits(choice, sorted(read), card)
@@ -166,7 +167,7 @@ def _sort_table(file: Path, kind: str, choice: Choice, *, is_root: bool) -> None
         if kind in ("parquet", "arrow") and not isinstance(error, UnfitError):
             raise
         choice.errors.insert(0 if is_root else len(choice.errors), error)
-        if kind == "json":
+        if kind == "json" or file.suffix.lower() in _WORDS:
             choice.loose[name] = file
         else:
             unfit = isinstance(error, UnfitError)
@@ -291,7 +292,7 @@ def _nothing(choice: Choice, what: Path) -> EmulusError:
     if not choice.folder:
         if len(choice.loose) == 1:
             return EmulusError(
-                f"{what} is no data set; name a table, a tar or a folder of media with captions.jsonl (see docs/data.md)"
+                f"{what} is no data set; name a table, a tar or a folder of media with captions (see docs/data.md)"
             )
         return EmulusError(f"{what} names no data; {summary or 'check the pattern'}")
     why = f"{summary}; " if summary else ""

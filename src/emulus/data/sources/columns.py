@@ -23,7 +23,7 @@ MORE_MEDIA_COLUMNS = (
 CAPTION_COLUMNS = ("captions", "caption", "text")
 MORE_CAPTION_COLUMNS = (
     *("prompt", "description", "sentences", "sentence", "txt", "alt_text", "alt", "long_caption", "short_caption"),
-    *("generated_caption", "title", "label"),
+    *("generated_caption", "title", "comment", "label"),
 )
 """Taken for captions where none of :data:`CAPTION_COLUMNS` is there."""
 TEXT_COLUMNS = ("text", "content")

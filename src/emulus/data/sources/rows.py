@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from emulus.data.sources.account import Account, LeftOutError, Unit
 from emulus.data.sources.columns import Columns, first_given, given
 from emulus.data.sources.conversations import read_conversation
 from emulus.data.sources.splits import split_called, split_named, split_of_path
-from emulus.data.stored import Missing, checked_text, inside
+from emulus.data.stored import NOT_THERE, Missing, checked_text, inside
 from emulus.errors import EmulusError, did_you_mean, shown
 
 _LONGEST_ID, _LONGEST_SOURCE = 4096, 1024
@@ -54,6 +54,7 @@ class Reading:
         rest: The split of what no name speaks of, where names tell splits apart.
         undecided: Ids of items of which nothing says the split.
         used: Files that rows name.
+        media: Pictures and clips in files of their own.
     """
 
     root: Path
@@ -63,6 +64,20 @@ class Reading:
     rest: Split | None = None
     undecided: set[str] = field(default_factory=set)
     used: set[Path] = field(default_factory=set)
+    media: Sequence[Path] = ()
+
+    def find(self, name: str) -> Path | None:
+        """The only medium whose path ends in a name; names often leave out the folder that all images are in."""
+        wanted = name.replace("\\", "/").lower()
+        found = [path for path in self._by_name.get(wanted.rpartition("/")[2], ()) if _ends_in(path, wanted)]
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path in self.media:
+            found.setdefault(path.name.lower(), []).append(path)
+        return found
 
     def split_of(self, file: Path) -> Split | None:
         """The split that the data set gives to a file."""
@@ -77,6 +92,10 @@ class Reading:
         if split in ("validation", "test"):
             self.rest = "train"
         return split
+
+
+def _ends_in(path: Path, name: str) -> bool:
+    return f"/{path.as_posix().lower()}".endswith(f"/{name.removeprefix('./')}")
 
 
 @lru_cache(maxsize=4096)
@@ -244,12 +263,15 @@ def questions_of(row: Row) -> tuple[Question, ...]:
     return tuple(pairs)
 
 
-def media_of(row: Row, columns: Columns, folders: Sequence[Path], named: Sequence[str] = ()) -> tuple[str, Stored]:
+def media_of(
+    row: Row, columns: Columns, reading: Reading, folders: Sequence[Path], named: Sequence[str] = ()
+) -> tuple[str, Stored]:
     """The medium of a row and the column that gives it.
 
     Args:
         row: The row.
         columns: Of its table.
+        reading: The data set.
         folders: That names may be relative to; the first in which the file is.
         named: Media that its conversation names.
 
@@ -269,15 +291,17 @@ def media_of(row: Row, columns: Columns, folders: Sequence[Path], named: Sequenc
         value = value[0]
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("file_name")
-    for folder in folders[1:]:
+    first: LeftOutError | None = None
+    for folder in folders:
         try:
-            return column, inside(folders[0], value, row.where)
+            return column, inside(folder, value, row.where)
         except LeftOutError as error:
-            try:
-                return column, inside(folder, value, row.where)
-            except LeftOutError:
-                raise error from None
-    return column, inside(folders[0], value, row.where)
+            first = first or error
+    assert first is not None
+    path = reading.find(value) if first.reason == NOT_THERE else None
+    if path is None:
+        raise first
+    return column, path
 
 
 def _split(value: Any, where: str) -> Split:

@@ -13,7 +13,9 @@ from emulus.data.sources.account import Account
 from emulus.errors import EmulusError
 
 _NOT_DATA_FOLDERS = frozenset({"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information"})
-_NOT_DATA_FILES = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db"})
+_NOT_DATA_FILES = frozenset(
+    {"thumbs.db", "desktop.ini", "ehthumbs.db", "_success", "_metadata", "_common_metadata", "_started", "_committed"}
+)
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|authors|contributing|changelog|code_of_conduct)"
     r"([-_.][\w.-]*)?\.(md|txt|rst|cff|bib|html)|(readme|licen[cs]e|copying|notice|citation|authors)"
