@@ -202,19 +202,21 @@ def test_a_broken_medium_does_not_keep_the_others_from_being_read(folder: Path) 
         ({"file": "a\0.png"}, "line 2 has no media and names no file"),
         ({"caption": "  "}, "line 2: 'caption' is empty"),
         ({"caption": []}, "line 2: 'caption' is empty"),
-        ({"caption": None}, "line 2: 'caption' is neither a text nor a list of texts"),
+        ({"caption": None}, "line 2: 'caption' is empty"),
+        ({"caption": [None, ""]}, "line 2: 'caption' is empty"),
         ({"caption": ["a", 3]}, "line 2: 'caption' is neither a text nor a list of texts"),
         ({"split": "tran"}, r"line 2: the split 'tran' is unknown; did you mean 'train'\?"),
         ({"kind": "movie"}, "line 2: the kind 'movie' is unknown; did you mean 'video'"),
-        ({"file": "x" * 5000}, "line 2: 'x{100}'... cannot be looked for"),
-        ({"file": "a\nb.png"}, r"line 2: 'a\\nb.png' is not in"),
+        ({"file": "x" * 5000}, r"line 2: 'x+ \.\.\. x+' cannot be looked for"),
+        ({"file": "a\nb.png"}, r"line 2: 'a b.png' is not in"),
+        ({"file": "http://x/a.png"}, "line 2: 'http://x/a.png' is an address, and nothing is downloaded"),
         ({"fps": "fast"}, "line 2: fps 'fast' is not a number"),
-        ({"fps": 1e-9}, "line 2: fps '1e-09' is not a number from 0.001 to 999.999"),
-        ({"fps": 999.9996}, "line 2: fps '999.9996' is not a number"),
-        ({"fps": -1}, "line 2: fps '-1' is not a number"),
-        ({"fps": float("nan")}, "line 2: fps 'nan' is not a number"),
+        ({"fps": 1e-9}, "line 2: fps 1e-09 is not a number from 0.001 to 999.999"),
+        ({"fps": 999.9996}, "line 2: fps 999.9996 is not a number"),
+        ({"fps": -1}, "line 2: fps -1 is not a number"),
+        ({"fps": "8/0"}, "line 2: fps '8/0' is not a number"),
         ({"score": "good"}, "line 2: score 'good' is not a number"),
-        ({"score": float("inf")}, "line 2: score 'inf' is not a number"),
+        ({"score": float("inf")}, "line 2: score inf is not a number"),
         ({"questions": "what?"}, "line 2: questions are a list of"),
         ({"questions": [{"question": "what?"}]}, "line 2: questions are a list of"),
         ({"questions": [{"question": "what?", "answer": " "}]}, "line 2: questions are a list of"),
@@ -223,9 +225,17 @@ def test_a_broken_medium_does_not_keep_the_others_from_being_read(folder: Path) 
         ({"id": "long" * 2000}, "line 2: an id of 8,000 letters"),
     ],
 )
-def test_rows_that_are_wrong_are_named(folder: Path, row: dict[str, Any], message: str) -> None:
+def test_rows_that_are_wrong_cost_no_others(folder: Path, row: dict[str, Any], message: str) -> None:
     write_jsonl(folder / "captions.jsonl", [ROWS[2], {**ROWS[0], **row}])
-    with pytest.raises(EmulusError, match=message) as caught:
+    source = open_source(folder)
+    assert [item.id for item in source] == ["c.webp", "captions/1"]
+    with pytest.raises(EmulusError, match=message):
+        _ = source[1].media
+    (entry,) = [entry for entry in source.left_out if entry.unit == "row"]
+    assert (entry.count, entry.examples) == (1, ["captions.jsonl line 2"])
+    # Where no other row is there, the table is refused.
+    write_jsonl(folder / "captions.jsonl", [{**ROWS[0], **row}])
+    with pytest.raises(EmulusError, match=message.replace("line 2", "line 1")) as caught:
         open_source(folder)
     assert "\n" not in str(caught.value)
     assert "captions.jsonl" in str(caught.value)
@@ -250,14 +260,20 @@ def test_tables_that_are_not_tables(folder: Path) -> None:
     table = folder / "captions.jsonl"
     line = json.dumps(ROWS[0])
     for content, message in (
-        (f"{line}\n{{half\n", "line 2 is not JSON"),
-        (f"{line}\n\n[1]\n", "line 3 is not an object"),
-        (f"{line}\n" + "[" * 100_000, "line 2 is not JSON"),
+        (f"{line}\n{{half", "line 2 is not valid JSON"),
+        (f"{line}\n" + "[" * 100_000, "line 2 is nested deeper"),
+        ("{half\n", "line 1 is not valid JSON"),
         ("", "has no rows"),
     ):
         table.write_text(content)
         with pytest.raises(EmulusError, match=message):
             open_source(folder)
+    # A line in between costs itself.
+    table.write_text(f"{line}\n{{half\n\n[1]\n")
+    assert len(open_source(folder)) == 3
+    assert str(open_source(folder).left_out[0]) == (
+        "2 rows: lines that are not JSON objects (captions.jsonl line 2, captions.jsonl line 4)"
+    )
     table.write_bytes(line.encode() + b'\n{"file": "a.png", "caption": "\xff"}\n')
     with pytest.raises(EmulusError, match=r"captions\.jsonl line 2 is not UTF-8"):
         open_source(folder)
@@ -267,7 +283,7 @@ def test_tables_that_are_not_tables(folder: Path) -> None:
         ("file,caption\na.png,a dot, moving\n", "line 2 has not as many fields"),
         ("file,caption\na.png\n", "line 2 has not as many fields"),
         ('file,caption\na.png,"a dot', "line 2 is not CSV"),
-        ("", "has no column media"),
+        ("", "has no rows"),
         ("file,caption\n", "has no rows"),
     ):
         table.write_text(text)
@@ -314,10 +330,11 @@ def test_damaged_parquet_raises_nothing_else(tmp_path_factory: pytest.TempPathFa
         assert "\n" not in str(error)  # noqa: PT017
 
 
-def test_two_items_of_one_id_are_refused(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "set.parquet", [{"image": picture(n), "text": "dot", "id": "same"} for n in range(2)])
-    with pytest.raises(EmulusError, match="has the id 'same' of an earlier item"):
-        open_source(tmp_path)
+def test_of_two_items_of_one_id_the_first_is_used(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set.parquet", [{"image": picture(n), "text": f"{n}", "id": "same"} for n in range(2)])
+    source = open_source(tmp_path)
+    assert [(item.id, item.captions) for item in source] == [("same", ("0",))]
+    assert str(source.left_out[0]) == "1 row: an id that was used before (same)"
 
 
 def test_tables_of_one_name_in_several_folders(folder: Path) -> None:
@@ -372,5 +389,5 @@ def test_rates_that_would_make_endless_clips_are_refused() -> None:
     assert len(decode_item(item, size=4, fps=8.0, max_frames=3)[0]) == 3
     with pytest.raises(EmulusError, match=r"slow: a clip of 3 frames at 0\.001 per second, brought to 8, has 24,000"):
         decode_item(item, size=4, fps=8.0)
-    with pytest.raises(EmulusError, match="slow: fps '1e-09' is not a number"):
+    with pytest.raises(EmulusError, match="slow: fps 1e-09 is not a number"):
         decode_item(replace(item, fps=1e-9), size=4, fps=8.0, max_frames=3)

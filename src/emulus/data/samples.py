@@ -7,188 +7,331 @@ and named like a broken picture, and does not keep a large collection from being
 
 from __future__ import annotations
 
-import json
-import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from io import RawIOBase
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, Generic, TypeVar
 
-from emulus.data.item import MAX_TEXT, Item, JsonLine, Missing, Stored, TarMember, decoded, read_slice, split_of_key
-from emulus.data.tables import (
+from emulus.codec import parse_json
+from emulus.data.item import MAX_TEXT, Item, JsonLine, Split, Stored, TarMember
+from emulus.data.sources.account import LeftOutError
+from emulus.data.sources.columns import (
+    ALSO_MEDIA,
     ALWAYS_VIDEO,
     CAPTION_COLUMNS,
-    MAX_WORDS,
-    NEVER_VIDEO,
+    CONVERSATION_COLUMNS,
+    MEDIA_SUFFIXES,
+    MORE_CAPTION_COLUMNS,
     TEXT_COLUMNS,
-    Row,
-    captions_of,
-    column_of,
-    item_of,
-    kind_of,
-    plain_name,
+    Columns,
+    given,
 )
+from emulus.data.sources.formats import known_format
+from emulus.data.sources.kinds import kind_of
+from emulus.data.sources.parquetrows import MAX_WORDS
+from emulus.data.sources.rows import Reading, Row, captions_of, item_of, missing_item, words_of
+from emulus.data.sources.tar import tar_members
+from emulus.data.sources.walk import is_hidden
+from emulus.data.stored import LFS_REASON, decoded, head_of, is_lfs_pointer, plain_name, read_slice
 from emulus.errors import EmulusError
+from emulus.media import media_type
+from emulus.media.signatures import HEAD
 
-MEDIA_SUFFIXES = ALWAYS_VIDEO | NEVER_VIDEO | {".png", ".webp", ".gif", ".avif"}
-WORD_SUFFIXES = frozenset({".txt", ".json"})
+CAPTION_SUFFIXES = (".txt", ".caption", ".captions")
+WORD_SUFFIXES = frozenset({*CAPTION_SUFFIXES, ".json"})
 TEXT_SUFFIXES = frozenset({".txt", ".md"})
+_KNOWN = MEDIA_SUFFIXES | WORD_SUFFIXES | ALSO_MEDIA
 
-_MAX_HEADER = 2**20
-"""Bytes of a long file name or of extended attributes in a tar: what a header claims is not taken on trust."""
+NO_MEDIUM = "texts without an image or clip of the same name"
+NO_CAPTION = "no caption beside them"
+_FURTHER = "further files of samples"
+_UNKNOWN = "neither images, clips, texts nor tables"
 
-_Place = Path | TarMember
-_Parts = Mapping[str, Path] | Mapping[str, TarMember]
 P = TypeVar("P", Path, TarMember)
 
 
-def tar_items(path: Path, name: str, source: str) -> Iterator[Item]:
+@dataclass
+class _Sample(Generic[P]):
+    """Files of one key, by what follows it in their names."""
+
+    media: dict[str, P] = field(default_factory=dict)
+    words: dict[str, P] = field(default_factory=dict)
+    others: dict[str, P] = field(default_factory=dict)
+
+    def add(self, suffix: str, place: P) -> None:
+        lower = suffix.lower()
+        parts = self.media if lower in MEDIA_SUFFIXES else self.words if lower in WORD_SUFFIXES else self.others
+        # A second one, as of a.jpg and a.JPG, is kept apart, to be found by whoever chooses.
+        parts[suffix.upper() if lower in parts else lower] = place
+
+    def look(self) -> None:
+        """Find the medium by content where no name tells it."""
+        if not self.media:
+            for suffix, place in list(self.others.items()):
+                if suffix.count(".") <= 1 and media_type(_head(place)) is not None:
+                    self.media[suffix] = self.others.pop(suffix)
+
+
+def tar_items(path: Path, name: str, reading: Reading) -> Iterator[Item]:
     """The samples of a WebDataset tar: texts where they say so, or where it holds nothing but words.
 
     Args:
         path: The tar, not compressed.
         name: Begins the ids of its samples.
-        source: Name of the data set.
+        reading: The data set.
 
     Raises:
         EmulusError: The tar is damaged, cut off or compressed.
     """
     files: dict[str, TarMember] = {}
-    for member in _members(path):
-        if member.name in files:
-            raise EmulusError(f"{path} has {member.name!r} twice; make the tar anew")
-        files[member.name] = member
-    # The key of a sample ends at the first dot of the file's name (WebDataset's rule).
-    samples = _samples(files, lambda file: file.index(".") if "." in file else len(file))
-    texts = all(parts.keys() <= WORD_SUFFIXES for parts in samples.values())
-    for key, parts in samples.items():
-        yield _item(parts, f"{plain_name(name)}/{plain_name(key)}", path, source, texts=texts)
+    for member in tar_members(path):
+        parts = member.name.split("/")
+        if parts[-1].startswith("__") or any(is_hidden(part) for part in parts if part not in (".", "..")):
+            reading.account.pass_over("hidden, or made by the system", f"{path.name}: {member.name}")
+        elif member.name in files:
+            reading.account.leave_out("a name that the tar has twice", f"{path.name}: {member.name}")
+        else:
+            files[member.name] = member
+    samples = _by_dots(files)
+    for key, sample in list(samples.items()):
+        sample.look()
+        if not sample.media and not sample.words:
+            reading.account.leave_out(_UNKNOWN, f"{path.name}: {key}", "sample")
+            del samples[key]
+    texts = all(not sample.media and not _hides_media(sample) for sample in samples.values())
+    for key, sample in samples.items():
+        identity = f"{plain_name(name)}/{plain_name(key)}"
+        split = reading.split_of(path) or reading.split_inside(key)
+        for suffix in sample.others:
+            reading.account.pass_over(_FURTHER, f"{path.name}: {key}{suffix}")
+        yield _item(sample, identity, path, reading, split=split, texts=texts)
 
 
-def loose_items(folder: Path, files: Mapping[str, Path], source: str) -> Iterator[Item]:
+def _by_dots(files: Mapping[str, TarMember]) -> dict[str, _Sample[TarMember]]:
+    """The samples of a tar. A key ends at the first dot of the file's name (WebDataset's rule).
+
+    Names such as ``0.05.png`` break that rule. Where it finds no medium, or the last dot finds a medium with words, the
+    key ends at the last dot.
+    """
+    first: dict[str, _Sample[TarMember]] = {}
+    if all(name.rpartition("/")[2].count(".") <= 1 for name in files):
+        for name, member in files.items():
+            key, suffix = _divided(name, last=False)
+            first.setdefault(key, _Sample()).add(suffix, member)
+        return first
+    last: dict[str, _Sample[TarMember]] = {}
+    for name, member in files.items():
+        for samples, (key, suffix) in ((first, _divided(name, last=False)), (last, _divided(name, last=True))):
+            samples.setdefault(key, _Sample()).add(suffix, member)
+    for sample in first.values():
+        sample.look()
+    found: dict[str, _Sample[TarMember]] = {}
+    for name, member in files.items():
+        key, suffix = _divided(name, last=False)
+        other_key, other = _divided(name, last=True)
+        whole = last[other_key].media and last[other_key].words
+        if other_key != key and other.lower() in _KNOWN and (whole or not first[key].media):
+            key, suffix = other_key, other
+        found.setdefault(key, _Sample()).add(suffix, member)
+    return found
+
+
+def _divided(name: str, *, last: bool) -> tuple[str, str]:
+    """The key and the suffix of a file's name: at the first dot of its last part, or at the last one."""
+    folder, slash, base = name.rpartition("/")
+    if folder.startswith(".") or "//" in name or "/./" in name:
+        folder = PurePosixPath(name).parent.as_posix()
+        folder, slash = ("", "") if folder == "." else (folder, "/")
+    # A dot at the beginning or the end divides nothing.
+    stop = len(PurePosixPath(base).stem) if last else base.find(".")
+    stop = len(base) if stop < 0 else stop
+    return f"{folder}{slash}{base[:stop]}", base[stop:]
+
+
+def loose_items(folder: Path, files: Mapping[str, Path], reading: Reading) -> Iterator[Item]:
     """Pictures and clips in a folder, each with its words in a file of the same name.
 
     Args:
         folder: The folder.
         files: By their names inside it.
-        source: Name of the data set.
+        reading: The data set.
 
     Raises:
         EmulusError: Not one of them has words.
     """
-    samples = _samples(files, lambda file: len(PurePosixPath(file).stem))
-    if not any(parts.keys() & MEDIA_SUFFIXES and parts.keys() & WORD_SUFFIXES for parts in samples.values()):
+    samples: dict[str, _Sample[Path]] = {}
+    for name, path in files.items():
+        key, suffix = _divided(name, last=True)
+        samples.setdefault(key, _Sample()).add(suffix, path)
+    for sample in samples.values():
+        sample.look()
+    _join_full_names(samples)
+    if not any(sample.media and sample.words for sample in samples.values()):
         raise EmulusError(
             f"{folder} has no table of captions; add captions.jsonl, captions.csv or captions.parquet, "
-            "or beside every picture.png a picture.txt"
+            "or beside every picture.png a picture.txt (names of folders are not taken for captions)"
         )
-    for key, parts in samples.items():
-        if parts.keys() & MEDIA_SUFFIXES:
-            yield _item(parts, plain_name(key), folder, source, texts=False)
+    for key, sample in samples.items():
+        if sample.media:
+            for path in sample.others.values():
+                reading.account.pass_over(_FURTHER, path.relative_to(folder))
+            split = next((split for path in sample.media.values() if (split := reading.split_of(path))), None)
+            yield _item(sample, plain_name(key), folder, reading, split=split, texts=False)
+        else:
+            for path in (*sample.words.values(), *sample.others.values()):
+                leave_out_loose(path, path.relative_to(folder), reading)
 
 
-def text_items(root: Path, files: Mapping[str, Path], source: str) -> Iterator[Item]:
+def leave_out_loose(path: Path, name: object, reading: Reading) -> None:
+    """Count a file that belongs to no sample, by what it is."""
+    suffix = path.suffix.lower()
+    if suffix in WORD_SUFFIXES:
+        reading.account.leave_out(NO_MEDIUM, name)
+    elif suffix in TEXT_SUFFIXES:
+        reading.account.leave_out("texts beside images or clips; name them by a pattern to read them", name)
+    else:
+        reading.account.leave_out(known_format(head_of(path, HEAD)) or _UNKNOWN, name)
+
+
+def _join_full_names(samples: dict[str, _Sample[Path]]) -> None:
+    """Also ``a.png.txt`` holds words about ``a.png``."""
+    for key, sample in list(samples.items()):
+        for suffix in sample.media:
+            words = samples.get(key + suffix) or samples.get(key + suffix.lower())
+            if not sample.words and words is not None and words is not sample and not words.media:
+                sample.words, words.words = words.words, {}
+
+
+def text_items(root: Path, files: Mapping[str, Path], reading: Reading) -> Iterator[Item]:
     """Texts, each in a file of its own.
 
     Args:
         root: What is read.
         files: By their names inside it.
-        source: Name of the data set.
+        reading: The data set.
     """
     for name, path in files.items():
+        if is_lfs_pointer(head_of(path, 64)):
+            reading.account.leave_out(LFS_REASON, name)
+            continue
         row = Row(values={}, where=str(root), number=0)
-        yield item_of(row, plain_name(name), source, kind="text", captions=(), stored=path)
-
-
-def _samples(files: Mapping[str, P], end: Callable[[str], int]) -> dict[str, dict[str, P]]:
-    """Files by the sample's key, then by what follows it in their names, in the order of the first of each."""
-    samples: dict[str, dict[str, P]] = {}
-    for name, place in files.items():
-        path = PurePosixPath(name)
-        if not path.name.startswith((".", "__")):
-            stop = end(path.name)
-            key = (path.parent / path.name[:stop]).as_posix()
-            parts, suffix = samples.setdefault(key, {}), path.name[stop:].lower()
-            # A second one, as of a.jpg and a.JPG, is kept apart, to be found by whoever chooses.
-            parts[suffix.upper() if suffix in parts else suffix] = place
-    return {key: parts for key, parts in samples.items() if parts.keys() & (MEDIA_SUFFIXES | WORD_SUFFIXES)}
-
-
-def _item(parts: _Parts, identity: str, path: Path, source: str, *, texts: bool) -> Item:
-    where = f"{path}: {identity}"
-    is_text = texts
-    try:
-        values: dict[str, Any] = _values(parts[".json"]) if ".json" in parts else {}
-        row = Row(values=values, where=where, number=0)
-        is_text = texts or values.get("kind") == "text"
-        if is_text:
-            return item_of(row, identity, source, kind="text", captions=(), stored=_text(parts, row))
-        captions = _captions(parts, row)
-        medium = _medium(parts, row)
-        return item_of(row, identity, source, kind=kind_of(row, "", medium), captions=captions, stored=medium)
-    except EmulusError as error:
-        return Item(
-            id=identity,
-            kind="text" if is_text else "video" if parts.keys() & ALWAYS_VIDEO else "image",
-            captions=() if is_text else ("",),
-            split=split_of_key(identity),
-            stored=Missing(path=path, reason=str(error)),
-            source=source,
+        yield item_of(
+            row, plain_name(name), reading, kind="text", captions=(), stored=path, split=reading.split_of(path)
         )
 
 
-def _medium(parts: _Parts, row: Row) -> _Place:
+def _item(
+    sample: _Sample[Any], identity: str, path: Path, reading: Reading, *, split: Split | None, texts: bool
+) -> Item:
+    where = f"{path}: {identity}"
+    is_text = texts
+    try:
+        values: dict[str, Any] = _values(sample.words[".json"]) if ".json" in sample.words else {}
+        row = Row(values=values, where=where, number=0)
+        is_text = texts or given(values.get("kind")) == "text"
+        if is_text:
+            stored = _text(sample, row)
+            return item_of(row, identity, reading, kind="text", captions=(), stored=stored, split=split)
+        captions, questions = _words_about(sample, row)
+        medium = _medium(sample, row)
+        kind = kind_of(row, "", medium)
+        return item_of(
+            row, identity, reading, kind=kind, captions=captions, questions=questions, stored=medium, split=split
+        )
+    except EmulusError as error:
+        fault = error if isinstance(error, LeftOutError) else LeftOutError("words that cannot be read", str(error))
+        kind = "text" if is_text else "video" if sample.media.keys() & ALWAYS_VIDEO else "image"
+        is_tar = isinstance(next(iter((*sample.media.values(), *sample.words.values()))), TarMember)
+        return missing_item(
+            fault, identity, identity, path, reading, kind=kind, split=split, unit="sample" if is_tar else "file"
+        )
+
+
+def _medium(sample: _Sample[Any], row: Row) -> Path | TarMember:
     """The picture or clip of a sample. Of a clip and its preview, the clip is meant."""
-    found = {suffix: place for suffix, place in parts.items() if suffix.lower() in MEDIA_SUFFIXES}
+    found: dict[str, Path | TarMember] = sample.media
     if not found:
-        raise EmulusError(f"{row.where} has words but no picture or clip")
+        other = next((known_format(_head(place)) for place in sample.others.values() if known_format(_head(place))), "")
+        raise LeftOutError(other or NO_MEDIUM, f"{row.where} has words but no picture or clip")
     if len(found) > 1:
         clips = [suffix for suffix in found if suffix.lower() in ALWAYS_VIDEO]
         clips = clips or [suffix for suffix, place in found.items() if kind_of(row, "", place) == "video"]
         if len(clips) != 1:
-            raise EmulusError(f"{row.where} has several media ({', '.join(found)}); give each its own name and words")
+            raise LeftOutError(
+                "several media of the same name",
+                f"{row.where} has several media ({', '.join(found)}); give each its own name and words",
+            )
         return found[clips[0]]
     return next(iter(found.values()))
 
 
-def _text(parts: _Parts, row: Row) -> Stored:
+def _hides_media(sample: _Sample[Any]) -> bool:
+    """Whether a sample without a known medium has a file of another kind than text beside its words."""
+    return any(is_binary(_head(place)) for place in sample.others.values())
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether a file that begins so is no text."""
+    return b"\0" in head or known_format(head) is not None or media_type(head) is not None
+
+
+def _text(sample: _Sample[Any], row: Row) -> Stored:
     """Where the text of a sample of words alone lies."""
-    if ".txt" in parts:
-        place = parts[".txt"]
+    place = sample.words.get(".txt")
+    if place is not None:
         if isinstance(place, TarMember) and place.size > MAX_TEXT:
-            raise EmulusError(f"{row.where} has {place.size:,} bytes, more than the {MAX_TEXT:,} allowed; split it")
+            raise LeftOutError(
+                "texts that are too long",
+                f"{row.where} has {place.size:,} bytes, more than the {MAX_TEXT:,} allowed; split it",
+            )
         return place
-    column, place = column_of(row.values, TEXT_COLUMNS, row.where), parts[".json"]
+    column = next((name for name in TEXT_COLUMNS if name in row.values), None)
+    if column is None or ".json" not in sample.words:
+        raise LeftOutError("no text", f"{row.where} has no column {' or '.join(TEXT_COLUMNS)}; add a text")
     if not isinstance(row.values[column], str):
-        raise EmulusError(f"{row.where}: '{column}' is not a text; mend it")
-    content, offset = _words(place), place.offset if isinstance(place, TarMember) else 0
+        raise LeftOutError("texts that are none", f"{row.where}: '{column}' is not a text; fix it")
+    place = sample.words[".json"]
+    content, offset = _content(place), place.offset if isinstance(place, TarMember) else 0
     path = place.path if isinstance(place, TarMember) else place
     return JsonLine(path=path, column=column, offset=offset, size=len(content), checksum=zlib.crc32(content))
 
 
-def _captions(parts: _Parts, row: Row) -> tuple[str, ...]:
+def _words_about(sample: _Sample[Any], row: Row) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     captions: tuple[str, ...] = ()
-    if ".txt" in parts:
-        text = decoded(_words(parts[".txt"]), row.where)
-        captions = captions_of(Row(values={"text": text}, where=row.where, number=0), "text")
-    if not captions or any(name in row.values for name in CAPTION_COLUMNS):
-        captions += captions_of(row, column_of(row.values, CAPTION_COLUMNS, row.where))
-    return tuple(dict.fromkeys(captions))
+    for suffix in CAPTION_SUFFIXES:
+        if suffix in sample.words:
+            captions += captions_of(decoded(_content(sample.words[suffix]), row.where), "text", row.where)
+    told = any(given(row.values.get(name)) is not None for name in CAPTION_COLUMNS)
+    names = CAPTION_COLUMNS if told or captions else MORE_CAPTION_COLUMNS
+    questions: tuple[Any, ...] = ()
+    if ".json" in sample.words:
+        try:
+            more, questions, _ = words_of(row, Columns(captions=names, conversations=CONVERSATION_COLUMNS))
+            captions += more
+        except LeftOutError as error:
+            if not captions or error.reason != "no caption":
+                raise
+    if not captions and not questions:
+        words = ", ".join(sample.words)
+        raise LeftOutError(
+            "empty captions" if words else NO_CAPTION,
+            f"{row.where}: {words} is empty; write a caption"
+            if words
+            else f"{row.where} has no words beside it; add them as {', '.join(CAPTION_SUFFIXES[:2])} or .json",
+        )
+    return tuple(dict.fromkeys(captions)), questions
 
 
-def _values(place: _Place) -> dict[str, Any]:
+def _values(place: Path | TarMember) -> dict[str, Any]:
     where = str(place) if isinstance(place, Path) else place.where
-    try:
-        values = json.loads(decoded(_words(place), where))
-    except (ValueError, RecursionError) as error:
-        raise EmulusError(f"{where} is not JSON ({error}); mend it") from None
+    values = parse_json(_content(place), where, remedy="fix it")
     if not isinstance(values, dict):
-        raise EmulusError(f'{where} is not an object such as {{"caption": "..."}}; mend it')
+        raise EmulusError(f'{where} is not an object such as {{"caption": "..."}}; fix it')
     return values
 
 
-def _words(place: _Place) -> bytes:
+def _content(place: Path | TarMember) -> bytes:
     if isinstance(place, TarMember):
         return read_slice(place.path, place.offset, place.size, place.where, most=MAX_WORDS)
     try:
@@ -197,44 +340,5 @@ def _words(place: _Place) -> bytes:
         raise EmulusError(f"{place} cannot be read ({error.strerror}); restore it") from None
 
 
-class _Headers(RawIOBase):
-    """A tar as its headers are read: nothing large can be asked for at once."""
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self._name = file, name
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_HEADER:
-            raise EmulusError(f"{self._name} has a header of {size:,} bytes; it is damaged: restore it")
-        return self._file.read(size)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
-def _members(path: Path) -> Iterator[TarMember]:
-    """Every plain file in a tar, from its headers alone."""
-    damaged = f"{path} is damaged or cut off; restore it from its source"
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            # tarfile.open would take a size as a reason to guess at compression; this reads headers and nothing else.
-            tar = tarfile.TarFile(fileobj=_Headers(file, str(path)), mode="r")
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep every one of them
-                if member.size < 0 or member.offset_data + member.size > size:
-                    raise EmulusError(damaged)
-                if member.isreg() and not member.issparse():
-                    yield TarMember(path=path, name=member.name, offset=member.offset_data, size=member.size)
-            # tarfile takes whatever is no header for the end.
-            file.seek(tar.offset)
-            if file.read(512).strip(b"\0"):
-                raise EmulusError(damaged)
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise EmulusError(f"{path} is no plain tar ({reason}); restore it, or decompress it first") from None
-    except OSError as error:
-        raise EmulusError(f"{path} cannot be read ({error.strerror or error}); restore it") from None
+def _head(place: Path | TarMember) -> bytes:
+    return head_of(place, HEAD) if isinstance(place, Path) else place.head(HEAD)

@@ -10,24 +10,20 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, overload
 
-from emulus.data.item import (
-    KINDS,
-    SPLITS,
-    Item,
-    Kind,
-    ParquetCell,
-    Question,
-    Split,
-    split_of_key,
-)
-from emulus.data.samples import MEDIA_SUFFIXES, TEXT_SUFFIXES, loose_items, tar_items, text_items
-from emulus.data.tables import CAPTION_COLUMNS, MEDIA_COLUMNS, TEXT_COLUMNS, plain_name, read_table
+from emulus.data.item import KINDS, SPLITS, Item, Kind, Missing, ParquetCell, Question, Split, split_of_key
+from emulus.data.sources.account import Account, LeftOut
+from emulus.data.sources.choice import TABLES, parts_of
+from emulus.data.sources.rows import Reading
+from emulus.data.sources.walk import files_in, files_matching
+from emulus.data.stored import plain_name
+from emulus.data.tables import CAPTION_COLUMNS, MEDIA_COLUMNS, TEXT_COLUMNS
 from emulus.errors import EmulusError
+from emulus.log import logger
 
 __all__ = [
     "CAPTION_COLUMNS",
@@ -36,8 +32,10 @@ __all__ = [
     "SPLITS",
     "TABLES",
     "TEXT_COLUMNS",
+    "Account",
     "Item",
     "Kind",
+    "LeftOut",
     "ParquetCell",
     "Question",
     "Source",
@@ -48,18 +46,20 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-TABLES = tuple(f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in ("jsonl", "csv", "parquet"))
-"""The names a table of captions goes by in a folder of media files, the first that exists."""
-_TABLE_SUFFIXES = (".parquet", ".jsonl", ".csv")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_USED_TWICE = "an id that was used before"
 
 
 class Source(Sequence[Item]):
-    """The items of a data set, in the order of its tables."""
+    """The items of a data set, in the order of its tables.
 
-    def __init__(self, path: Path, items: Sequence[Item]) -> None:
+    Attributes:
+        path: What was opened.
+        account: What of it is left out, and why; of the whole data set also where this is a part of its items.
+    """
+
+    def __init__(self, path: Path, items: Sequence[Item], account: Account | None = None) -> None:
         self.path = path
+        self.account = account or Account()
         self._items = tuple(items)
 
     def __len__(self) -> int:
@@ -71,12 +71,17 @@ class Source(Sequence[Item]):
     def __getitem__(self, index: slice) -> Source: ...
     def __getitem__(self, index: int | slice) -> Item | Source:
         """One item, or a part of the data set."""
-        return Source(self.path, self._items[index]) if isinstance(index, slice) else self._items[index]
+        return Source(self.path, self._items[index], self.account) if isinstance(index, slice) else self._items[index]
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Files, rows and samples of the data set that are not used, by reason, the most frequent first."""
+        return self.account.left_out
 
     def select(self, *, split: Split | None = None, kind: Kind | None = None) -> Source:
         """The items of one split, of one kind, or both."""
         chosen = [item for item in self if split in (None, item.split) and kind in (None, item.kind)]
-        return Source(self.path, chosen)
+        return Source(self.path, chosen, self.account)
 
     def counts(self) -> dict[str, int]:
         """Number of items by split and kind, such as ``{"train image": 6408}``."""
@@ -86,6 +91,10 @@ class Source(Sequence[Item]):
 def open_source(path: Path | str) -> Source:
     """Open a data set. Words are read and every row is checked now; media and texts are read item by item later.
 
+    Every file and row is used, or left out with a reason and counted (:attr:`Source.left_out`, and the log): hidden
+    files, README and what Emulus wrote are passed over; a row that cannot be used costs no other; media go before
+    texts, so captions of media never become texts.
+
     Args:
         path: One of these, or a pattern such as ``data/*.tar`` that names several of them:
 
@@ -93,95 +102,86 @@ def open_source(path: Path | str) -> Source:
             - a folder of media files with a table of captions in it (one of :data:`TABLES`);
             - a WebDataset tar, or a folder of them: ``000.jpg`` with ``000.txt`` or ``000.json``; or a folder with such
               files;
-            - a ``.jsonl`` or ``.csv`` table, or a folder of them;
+            - a ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` table, or a folder of them;
             - a folder of ``.txt`` or ``.md`` files.
 
-            A table has a column of media (one of :data:`MEDIA_COLUMNS`: bytes, a struct of ``bytes`` and ``path``, or
-            a file name relative to the folder) and one of captions (:data:`CAPTION_COLUMNS`: text or a list of
-            texts); or no media and a column of text (:data:`TEXT_COLUMNS`). It may have ``id``, ``split``, ``kind``,
-            ``fps``, ``score``, ``source`` and ``questions`` (a list of ``question`` and ``answer``). Rows that name the
-            same file are one item with several captions. Without a split column, the split comes from the id by
-            :func:`split_of_key`.
+            A table has a column of media (such as :data:`MEDIA_COLUMNS`: bytes, a struct of ``bytes`` and ``path``, or
+            a file name relative to the table's folder) and one of captions (:data:`CAPTION_COLUMNS`: text or a list of
+            texts) or conversations; or no media and a column of text (:data:`TEXT_COLUMNS`). It may have ``id``,
+            ``split``, ``kind``, ``fps``, ``score``, ``source`` and ``questions`` (a list of ``question`` and
+            ``answer``). Rows that name the same file are one item with several captions. The split is that of the
+            column, else that which the data set's card or the names of files and folders say, else it comes from the id
+            by :func:`split_of_key`.
 
     Returns:
-        The items.
+        The items. Those whose row or sample cannot be used say so when they are read.
 
     Raises:
-        EmulusError: Something is missing, damaged or not as described; one line names the file and the row.
+        EmulusError: Something is missing or damaged, or nothing can be used; one line names the file and the row.
     """
     path = Path(path)
+    account = Account()
+    files, reading, is_folder = _find(path, account)
     items: dict[str, Item] = {}
-    for where, found in _parts(path):
+    for _, found in parts_of(files, reading, folder=is_folder, what=path):
         for item in found:
-            earlier = items.get(item.id)
-            if earlier is None:
-                items[item.id] = item
-            elif item.kind != "text" and isinstance(item.stored, Path) and earlier.stored == item.stored:
-                items[item.id] = replace(
-                    earlier,
-                    captions=tuple(dict.fromkeys(earlier.captions + item.captions)),
-                    questions=tuple(dict.fromkeys(earlier.questions + item.questions)),
-                )
-            else:
-                raise EmulusError(
-                    f"{where} has the id {item.id!r} of an earlier item; give every item an id of its own"
-                )
+            _add(items, item, account)
     if not items:
-        raise EmulusError(f"{path} has no rows; add some")
-    return Source(path, list(items.values()))
+        why = account.summary()
+        raise EmulusError(f"{path} has no rows; {why or 'add some'}")
+    if all(isinstance(item.stored, Missing) for item in items.values()):
+        first = next(iter(items.values())).stored
+        assert isinstance(first, Missing)
+        raise EmulusError(f"nothing in {path} can be used; {first.reason}")
+    if reading.rest is not None:
+        rest = [id for id in reading.undecided if id in items]
+        items |= {id: replace(items[id], split=reading.rest) for id in rest}
+        if rest:
+            account.note(f"{len(rest):,} items whose split no name says go to {reading.rest}")
+    _report(path, account)
+    return Source(path, list(items.values()), account)
 
 
-def _parts(path: Path) -> Iterator[tuple[Path, Iterable[Item]]]:
-    """What a data set consists of: files, each with its items."""
-    if path.is_dir():
-        yield from _folder(path)
-    elif path.is_file():
-        yield from _files([path], path.parent, plain_name(path.stem))
-    elif any(letter in str(path) for letter in "*?["):
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-        if not files:
-            raise EmulusError(f"{path} matches no file; check the pattern")
-        yield from _files(files, _common(files), plain_name(_common(files).name))
-    else:
+def _add(items: dict[str, Item], item: Item, account: Account) -> None:
+    earlier = items.get(item.id)
+    if earlier is None:
+        items[item.id] = item
+    elif item.kind != "text" and isinstance(item.stored, Path) and earlier.stored == item.stored:
+        items[item.id] = replace(
+            earlier,
+            captions=tuple(dict.fromkeys(earlier.captions + item.captions)),
+            questions=tuple(dict.fromkeys(earlier.questions + item.questions)),
+        )
+    elif not isinstance(item.stored, Missing):  # which is counted already
+        account.leave_out(_USED_TWICE, item.id, "row")
+
+
+def _report(path: Path, account: Account) -> None:
+    for line in account.notes:
+        logger.info(f"{path}: {line}")
+    for entry in account.left_out:
+        logger.warning(f"{path}: left out {entry}")
+
+
+def _find(path: Path, account: Account) -> tuple[Sequence[Path], Reading, bool]:
+    """The files of a data set, what it is called, and whether a whole folder was named."""
+    try:
+        if path.is_dir():
+            name = plain_name(path.resolve().name)
+            return files_in(path, account), Reading(root=path, source=name, account=account), True
+        if path.is_file():
+            return [path], Reading(root=path.parent, source=plain_name(path.stem), account=account), False
+        if path.exists():
+            raise EmulusError(f"{path} is a device, pipe or socket, not a data set; name a folder or a file")
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    if not glob.has_magic(str(path)):
         raise EmulusError(f"{path} does not exist; name a data set: a folder, a file or a pattern (see docs/data.md)")
-
-
-def _folder(path: Path) -> Iterator[tuple[Path, Iterable[Item]]]:
-    source = plain_name(path.resolve().name)
-    table = next((path / name for name in TABLES if (path / name).is_file()), None)
-    if table is not None:
-        return iter([(table, read_table(table, path, source))])
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
-    for suffixes in ((".parquet",), (".tar",), _TABLE_SUFFIXES):
-        chosen = [file for file in files if file.suffix.lower() in suffixes]
-        if chosen:
-            return _files(chosen, path, source)
-    named = {file.relative_to(path).as_posix(): file for file in files}
-    if any(file.suffix.lower() in MEDIA_SUFFIXES for file in files):
-        return iter([(path, loose_items(path, named, source))])
-    chosen = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
-    if chosen:
-        return _files(chosen, path, source)
-    raise EmulusError(
-        f"{path} holds neither a table of captions (captions.jsonl, captions.csv, captions.parquet) nor tars, Parquet, "
-        "texts, or pictures with texts of the same name; see docs/data.md"
-    )
-
-
-def _files(files: Sequence[Path], root: Path, source: str) -> Iterator[tuple[Path, Iterable[Item]]]:
-    readers: dict[str, Callable[[Path], Iterable[Item]]] = {
-        **dict.fromkeys(_TABLE_SUFFIXES, lambda file: read_table(file, root, source)),
-        ".tar": lambda file: tar_items(file, file.relative_to(root).with_suffix("").as_posix(), source),
-        **dict.fromkeys(
-            TEXT_SUFFIXES, lambda file: text_items(root, {file.relative_to(root).as_posix(): file}, source)
-        ),
-    }
-    for file in files:
-        if file.name.endswith(_COMPRESSED):
-            raise EmulusError(f"{file} is compressed, so nothing in it can be found without reading all; decompress it")
-        if file.suffix.lower() not in readers:
-            raise EmulusError(f"{file} is no data set; name a .parquet file or a folder of media with captions.jsonl")
-        yield file, readers[file.suffix.lower()](file)
+    files = files_matching(path, account)
+    if not files:
+        raise EmulusError(f"{path} matches no file; {account.summary() or 'check the pattern'}")
+    root = _common(files)
+    return files, Reading(root=root, source=plain_name(root.name), account=account), False
 
 
 def _common(files: Sequence[Path]) -> Path:

@@ -20,7 +20,7 @@ NAME_QUESTION = "what is it?"
 def name_of(item: Item) -> str:
     """What a picture is called: its answer to :data:`NAME_QUESTION`, else its first caption."""
     answers = (question.answer for question in item.questions if question.question == NAME_QUESTION)
-    return next(answers, item.captions[0])
+    return next(answers, item.caption)
 
 
 def texts_of(item: Item) -> tuple[str, ...]:

@@ -154,7 +154,7 @@ def answers(
             for question in asked
         ),
         captions=captioned(items, [each.written[None] for each in said]),
-        neighbour_captions=captioned(items, ["" if peer is None else peer.captions[0] for peer in peers])
+        neighbour_captions=captioned(items, ["" if peer is None else peer.caption for peer in peers])
         if any(peers)
         else None,
     )
@@ -217,7 +217,7 @@ def captioned(items: Sequence[Item], captions: Sequence[str]) -> Captioned:
         any_name=_share(zip(written, patterns, strict=True), _mentions) if named else None,
         dealt=_dealt(written, names, patterns) if named else None,
         style=_share(zip(captions, styles, strict=True), _names_style)
-        if any(style_named(item.captions[0]) == style for item, style in zip(items, styles, strict=True))
+        if any(style_named(item.caption) == style for item, style in zip(items, styles, strict=True))
         else None,
     )
 

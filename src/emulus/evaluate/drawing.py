@@ -345,7 +345,7 @@ def by_codes(
     pairs = []
     for place, nearest, closeness in _closest(found, shown):
         picture = pixels_to_image(paint(model.vision, [known[nearest]])[0])
-        pairs.append(_pair(drawn, place, picture, training[nearest].captions[0], measure, closeness))
+        pairs.append(_pair(drawn, place, picture, next(iter(training[nearest].captions), ""), measure, closeness))
     return Closeness.of(measure, found.closeness, real.closeness), pairs
 
 
@@ -360,7 +360,7 @@ def by_features(
     pairs = []
     for place, nearest, closeness in _closest(found, shown):
         picture = pixels_to_image(_pictures([training[nearest]], size)[0])
-        pairs.append(_pair(drawn, place, picture, training[nearest].captions[0], measure, closeness))
+        pairs.append(_pair(drawn, place, picture, training[nearest].caption, measure, closeness))
     return Closeness.of(measure, found.closeness, real.closeness), pairs
 
 

@@ -42,8 +42,8 @@ class Example:
 
     @property
     def caption(self) -> str:
-        """The caption to show."""
-        return self.item.captions[0]
+        """The caption to show; of an item that has questions alone, the first answer."""
+        return self.item.caption
 
     @property
     def tokenized(self) -> TokenizedItem:
