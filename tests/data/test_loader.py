@@ -211,6 +211,19 @@ def test_draws_come_as_often_as_asked(mixture: Mixture) -> None:
     assert np.allclose(np.bincount(chosen) / len(chosen), 1 / 3, atol=0.05)
 
 
+def test_only_what_is_drawn_from_nothing_has_no_caption(mixture: Mixture) -> None:
+    """Guidance learns from pictures without a caption; a picture that is to be described always has one."""
+    documents = planner_of(mixture, question=0, null_caption=1).documents(np.arange(600))
+    captions = np.array(
+        [mixture.sources[s].spans.captions[r] for s, r in zip(documents.source, documents.record, strict=True)]
+    )
+    described, drawn = (documents.task == task for task in (CAPTION_LAST, CAPTION_FIRST))
+    assert described.sum() > 100
+    assert (documents.words[drawn] == NO_WORDS).all()
+    assert (documents.words[described] != NO_WORDS).all()
+    assert (captions[described] > 0).all()
+
+
 def test_shares_are_those_asked_for(mixture: Mixture, media: Path, words: Path) -> None:
     assert [branch.share for branch in mixture.tree()] == pytest.approx([0.5, 0.2, 0.3])
     source = planner_of(mixture).documents(np.arange(1000)).source
