@@ -1,4 +1,4 @@
-"""Every test has a time limit.
+"""Every test has a time limit, and none depends on the clock otherwise.
 
 pytest-timeout fails a test that takes longer than ``timeout`` of pyproject.toml, and the run goes on. It does so from
 Python, so it cannot interrupt compiled code that does not return, nor a test that waits again on its way out. After
@@ -13,6 +13,15 @@ import os
 from collections.abc import Generator
 
 import pytest
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:
+    pass  # the tests on a GPU do without
+else:
+    # How long an example takes says nothing on a machine that does other work, too.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 # Seconds, of tests with this mark: the first GPU test also compiles kernels.
 LIMITS = {"slow": 3600, "gpu": 900}
