@@ -32,7 +32,7 @@ from emulus.data.loader import (
 from emulus.data.mixture import Mixture, Part, parse_part
 from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, shard_name, write_shard
 from emulus.errors import EmulusError
-from emulus.sequence import Batch, Document, Text, caption_first, caption_last, conversation, question_answer
+from emulus.sequence import Batch, Document, Text, caption_first, caption_last, conversation, pack, question_answer
 from tests.data.folders import Thing, documents_of, grammar_of_things, make_folder, make_things, to_record
 
 GRAMMAR = grammar_of_things()
@@ -300,6 +300,50 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(
     assert min(planned) == state["window"]
     if step:
         assert equal(resumed.step(0).rows[0], whole.step(0).rows[0])
+
+
+def test_order_and_draws_both_follow_the_seed(mixture: Mixture) -> None:
+    first, other = (planner_of(mixture, seed, question=0).documents(np.arange(2000)) for seed in (3, 4))
+    assert (first.source == other.source).all()
+    assert (first.record != other.record).mean() > 0.9
+    # Where both have captions, nothing but the draw of the place says whether they come first.
+    captioned = np.logical_and(*(captions_of(mixture, each) > 0 for each in (first, other)))
+    assert (first.task == other.task)[captioned].mean() == pytest.approx(0.5, abs=0.06)
+
+
+def captions_of(mixture: Mixture, documents: Documents) -> np.ndarray:
+    places = zip(documents.source, documents.record, strict=True)
+    return np.array([mixture.sources[source].spans.captions[record] for source, record in places])
+
+
+def test_neighbouring_places_draw_by_themselves(mixture: Mixture) -> None:
+    documents = planner_of(mixture, question=0).documents(np.arange(4000))
+    first = (documents.task == CAPTION_FIRST)[captions_of(mixture, documents) > 0]
+    for distance in range(1, 6):
+        assert (first[distance:] == first[:-distance]).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_parts_of_one_size_have_orders_of_their_own(words: Path, tmp_path: Path) -> None:
+    """Else their records would meet in the same pairs in every epoch."""
+    other = make_folder(tmp_path / "other", {("train", "text"): make_things("text", 40, "other")}, vision="")
+    documents = planner_of(Mixture.open([str(words), str(other)])).documents(np.arange(80))
+    orders = [documents.record[documents.source == source].tolist() for source in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+    assert orders[0] != orders[1]
+
+
+def test_rows_of_a_window_are_shuffled(mixture: Mixture) -> None:
+    """Packing begins with the longest documents, but the first step of a window is no other than the last."""
+    seen = Counter[tuple[int, ...]]()
+    for seed in range(3):
+        planner = Planner(mixture, ReadingConfig(), seed=seed, row_tokens=ROW, window=64)
+        for window in range(4):
+            plan = planner.plan(window)
+            packed = pack(plan.documents.lengths.tolist(), ROW)
+            assert sorted(map(sorted, plan.rows)) == sorted(map(sorted, packed))
+            seen[tuple(packed.index(row) for row in plan.rows)] += 1
+    assert len(seen) == 12
+    assert not any(order == tuple(sorted(order)) for order in seen)
 
 
 def test_seeds_give_other_steps(mixture: Mixture) -> None:

@@ -73,6 +73,7 @@ SETTINGS: list[dict[str, float]] = [
     {"temperature": 0.0},
     {"temperature": 0.4},
     {"temperature": 2.5},
+    {"guidance_scale": 0.5},
     {"guidance_scale": 1.0},
     {"guidance_scale": 8.0},
 ]
@@ -223,6 +224,24 @@ def test_text_is_cut_at_the_limit_and_ended() -> None:
     assert result.truncated
     assert len(result.ids) == 4
     assert result.ids[-1] == GRAMMAR.vocabulary.eos
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.sampled_from(["image", "video"]), st.randoms(use_true_random=False))
+def test_no_medium_begins_of_more_cells_than_ids_may_come(most: int, kind: str, chance: random.Random) -> None:
+    """Whatever size a model writes, the cells fit into ``max_new_tokens``."""
+    prompt = GRAMMAR.build(Document((Text("a"),)), eos=False)
+    request = Request(prompt_ids=prompt, may=frozenset({kind}), params=parameters(max_new_tokens=most))
+    walk = Walk(0, request, GRAMMAR, 4096)
+    ids = list(prompt)
+    while GRAMMAR.vocabulary.img not in ids:
+        legal = {id for each in walk.allowed().ranges for id in range(*each)} - {GRAMMAR.vocabulary.eos}
+        ids.append(chance.choice(sorted(legal)))
+        list(walk.take(ids[-1]))
+    opened = GRAMMAR.parse(ids).open
+    assert opened is not None
+    assert opened.size is not None
+    assert 1 <= opened.size.cells <= most
 
 
 def test_text_stops_at_the_end_of_the_context() -> None:

@@ -135,6 +135,26 @@ def test_greedy_takes_the_largest_and_rows_keep_their_settings() -> None:
     assert [chosen[1], chosen[3]] == alone
 
 
+RANGES = [((10, 22),), ((0, 5), (30, 40))]
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5, 1.0]),
+    top_k=st.sampled_from([0, 1, 4]),
+    top_p=st.sampled_from([0.5, 1.0]),
+    guidance_scale=st.sampled_from([0.0, 0.5, 3.0]),
+    seed=st.integers(0, 3),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(PARAMS, min_size=1, max_size=8))
+def test_rows_of_many_settings_are_as_each_alone(params: list[SamplingParams]) -> None:
+    logits, ids = random_logits(len(params), 30), torch.arange(40, 70)
+    together = sample(logits, ids, params, range(len(params)))
+    alone = [sample(logits[row, None], ids, [each], [row]) for row, each in enumerate(params)]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
 def test_rows_of_one_setting_have_noise_of_their_own() -> None:
     flat, ids = torch.zeros(20, 50), torch.arange(50)
     by_seed = sample(flat, ids, [SamplingParams(seed=seed) for seed in range(20)], [7] * 20)
@@ -145,15 +165,6 @@ def test_rows_of_one_setting_have_noise_of_their_own() -> None:
     assert min(len(by_seed.unique()), len(by_position.unique())) > 10
 
 
-RANGES = [((10, 22),), ((0, 5), (30, 40))]
-PARAMS = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.5, 1.0]),
-    top_k=st.sampled_from([0, 1, 4]),
-    top_p=st.sampled_from([0.5, 1.0]),
-    guidance_scale=st.sampled_from([0.0, 0.5, 3.0]),
-    seed=st.integers(0, 3),
-)
 ASKED = st.tuples(PARAMS, st.sampled_from(RANGES), st.integers(0, 3), st.booleans())
 
 
