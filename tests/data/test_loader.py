@@ -21,6 +21,7 @@ from emulus.data.loader import (
     NO_WORDS,
     QUESTION,
     TEXT,
+    Chosen,
     Documents,
     Loader,
     Planner,
@@ -28,6 +29,7 @@ from emulus.data.loader import (
     ReadingConfig,
     StepRows,
     held_out,
+    lengths_of,
 )
 from emulus.data.mixture import Mixture, Part, parse_part
 from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, shard_name, write_shard
@@ -184,6 +186,8 @@ def test_conversations_are_as_long_as_asked_and_begin_anywhere(talks: Mixture) -
     six = questions[found.record] == 6
     assert np.allclose(np.bincount(found.turns[six])[1:] / six.sum(), 1 / 3, atol=0.06)
     assert set(found.stride[six].tolist()) == {1, 5}
+    first = (found.words - talks.sources[0].spans.captions[found.record])[six] // 2
+    assert np.allclose(np.bincount(first, minlength=6) / six.sum(), 1 / 6, atol=0.06)
     assert set(found.turns[questions[found.record] == 1].tolist()) == {1}
     assert max(documents(turns=9).turns) == 6
     # What else is drawn does not depend on the number of turns.
@@ -191,6 +195,23 @@ def test_conversations_are_as_long_as_asked_and_begin_anywhere(talks: Mixture) -
     for name in ("record", "task", "words"):
         assert getattr(alone, name).tolist() == getattr(found, name).tolist()
     assert set(alone.turns.tolist()) == {1}
+
+
+def test_a_conversation_is_cut_only_where_it_would_not_fit(talks: Mixture) -> None:
+    spans, between = talks.sources[0].spans, len(talks.between)
+    whole = Planner(talks, ReadingConfig(question=1, turns=6), seed=0, row_tokens=10_000, window=32)
+    documents = whole.documents(np.arange(60))
+    several = np.flatnonzero(documents.turns > 1)
+    assert len(several) > 20
+    for number in several.tolist():
+        one = slice(number, number + 1)
+        chosen = Chosen(*(getattr(documents, name)[one] for name in Chosen._fields))
+        length, turns = int(documents.lengths[number]), int(documents.turns[number])
+        fits = lengths_of(spans, documents.record[one], chosen, between=between, most=length)
+        cut = lengths_of(spans, documents.record[one], chosen, between=between, most=length - 1)
+        assert [each.tolist() for each in fits] == [[length], [turns]]
+        assert cut[0] < length
+        assert cut[1] == turns - 1
 
 
 def test_draws_come_as_often_as_asked(mixture: Mixture) -> None:
