@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(world: int, work: Callable[..., Any], *args: object, seconds: float = 60) -> list[Any]:
+def run_ranks(world: int, work: Callable[..., Any], *args: object, seconds: float = 240) -> list[Any]:
     """What ``work(*args)`` returns on each of ``world`` gloo processes; ``None`` for one that ended without a word.
 
     The processes are forked off one that has imported torch and done nothing else, which saves seconds for each.
@@ -31,16 +32,19 @@ def run_ranks(world: int, work: Callable[..., Any], *args: object, seconds: floa
             process.start()
             pipe[1].close()
         results: dict[Connection, Any] = {}
-        while len(results) < world:
-            ready = wait([pipe[0] for pipe in pipes if pipe[0] not in results], seconds)
-            if not ready:
-                break
-            for pipe in ready:
-                results[pipe] = _receive(pipe)
-        for process in processes:
-            if len(results) < world:
-                process.kill()
-            process.join()
+        try:
+            while len(results) < world:
+                ready = wait([pipe[0] for pipe in pipes if pipe[0] not in results], seconds)
+                if not ready:
+                    break
+                for pipe in ready:
+                    results[pipe] = _receive(pipe)
+        finally:
+            # Also where the time limit of the test ends the wait.
+            for process in processes:
+                if len(results) < world:
+                    process.kill()
+                process.join()
         assert len(results) == world, "a process hangs"
     failures = [result for result in results.values() if isinstance(result, Failure)]
     assert not failures, "\n".join(str(failure) for failure in failures)
@@ -58,7 +62,16 @@ def _receive(pipe: Connection) -> Any:
         return None
 
 
+def _die_with_parent() -> None:
+    """End this process when the tests' process is gone: others may wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it was started by run_ranks"
+    parent.join()
+    os._exit(1)
+
+
 def _rank(rank: int, world: int, store: str, pipe: Connection, work: Callable[..., Any], args: tuple) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # What torchrun would say.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

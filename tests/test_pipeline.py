@@ -182,6 +182,19 @@ def test_continuing_keeps_the_start(tiny: Emulus) -> None:
         tiny.continue_video(picture())
 
 
+def test_every_window_of_a_continuation_has_noise_of_its_own(tiny: Emulus) -> None:
+    """Each goes on from the last half of the window before, with the next seed."""
+    start = tiny.generate_video("a bird", num_frames=4, seed=4)
+    for options in ({"prompt": "a bird", "guidance_scale": 3.0}, {"top_k": 5}):
+        longer = tiny.continue_video(start, num_frames=16, seed=7, **options).frames
+        windows = [tiny.continue_video(Clip(longer[at : at + 4], 8.0), seed=7 + at // 4, **options) for at in (0, 4, 8)]
+        for number, window in enumerate(windows, start=1):
+            expected = longer[4 * number : 4 * number + 4]
+            assert [a.tobytes() for a in window.frames[4:]] == [b.tobytes() for b in expected], number
+        same = tiny.continue_video(Clip(longer[4:8], 8.0), seed=7, **options)
+        assert [a.tobytes() for a in same.frames[4:]] != [b.tobytes() for b in longer[8:12]]
+
+
 def test_what_stands_still_keeps_the_given_pixels(tiny: Emulus) -> None:
     start = tiny.generate_video("a bird", num_frames=4, seed=4)
     further = tiny.continue_video(start).frames[4:]

@@ -21,6 +21,7 @@ from emulus.data.loader import (
     NO_WORDS,
     QUESTION,
     TEXT,
+    Chosen,
     Documents,
     Loader,
     Planner,
@@ -28,11 +29,12 @@ from emulus.data.loader import (
     ReadingConfig,
     StepRows,
     held_out,
+    lengths_of,
 )
 from emulus.data.mixture import Mixture, Part, parse_part
 from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, shard_name, write_shard
 from emulus.errors import EmulusError
-from emulus.sequence import Batch, Document, Text, caption_first, caption_last, conversation, question_answer
+from emulus.sequence import Batch, Document, Text, caption_first, caption_last, conversation, pack, question_answer
 from tests.data.folders import Thing, documents_of, grammar_of_things, make_folder, make_things, to_record
 
 GRAMMAR = grammar_of_things()
@@ -184,6 +186,8 @@ def test_conversations_are_as_long_as_asked_and_begin_anywhere(talks: Mixture) -
     six = questions[found.record] == 6
     assert np.allclose(np.bincount(found.turns[six])[1:] / six.sum(), 1 / 3, atol=0.06)
     assert set(found.stride[six].tolist()) == {1, 5}
+    first = (found.words - talks.sources[0].spans.captions[found.record])[six] // 2
+    assert np.allclose(np.bincount(first, minlength=6) / six.sum(), 1 / 6, atol=0.06)
     assert set(found.turns[questions[found.record] == 1].tolist()) == {1}
     assert max(documents(turns=9).turns) == 6
     # What else is drawn does not depend on the number of turns.
@@ -191,6 +195,23 @@ def test_conversations_are_as_long_as_asked_and_begin_anywhere(talks: Mixture) -
     for name in ("record", "task", "words"):
         assert getattr(alone, name).tolist() == getattr(found, name).tolist()
     assert set(alone.turns.tolist()) == {1}
+
+
+def test_a_conversation_is_cut_only_where_it_would_not_fit(talks: Mixture) -> None:
+    spans, between = talks.sources[0].spans, len(talks.between)
+    whole = Planner(talks, ReadingConfig(question=1, turns=6), seed=0, row_tokens=10_000, window=32)
+    documents = whole.documents(np.arange(60))
+    several = np.flatnonzero(documents.turns > 1)
+    assert len(several) > 20
+    for number in several.tolist():
+        one = slice(number, number + 1)
+        chosen = Chosen(*(getattr(documents, name)[one] for name in Chosen._fields))
+        length, turns = int(documents.lengths[number]), int(documents.turns[number])
+        fits = lengths_of(spans, documents.record[one], chosen, between=between, most=length)
+        cut = lengths_of(spans, documents.record[one], chosen, between=between, most=length - 1)
+        assert [each.tolist() for each in fits] == [[length], [turns]]
+        assert cut[0] < length
+        assert cut[1] == turns - 1
 
 
 def test_draws_come_as_often_as_asked(mixture: Mixture) -> None:
@@ -209,6 +230,19 @@ def test_draws_come_as_often_as_asked(mixture: Mixture) -> None:
     # Each of three captions as often as the others.
     chosen = documents.words[told & (captions == 3) & (documents.words != NO_WORDS)]
     assert np.allclose(np.bincount(chosen) / len(chosen), 1 / 3, atol=0.05)
+
+
+def test_only_what_is_drawn_from_nothing_has_no_caption(mixture: Mixture) -> None:
+    """Guidance learns from pictures without a caption; a picture that is to be described always has one."""
+    documents = planner_of(mixture, question=0, null_caption=1).documents(np.arange(600))
+    captions = np.array(
+        [mixture.sources[s].spans.captions[r] for s, r in zip(documents.source, documents.record, strict=True)]
+    )
+    described, drawn = (documents.task == task for task in (CAPTION_LAST, CAPTION_FIRST))
+    assert described.sum() > 100
+    assert (documents.words[drawn] == NO_WORDS).all()
+    assert (documents.words[described] != NO_WORDS).all()
+    assert (captions[described] > 0).all()
 
 
 def test_shares_are_those_asked_for(mixture: Mixture, media: Path, words: Path) -> None:
@@ -287,6 +321,50 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(
     assert min(planned) == state["window"]
     if step:
         assert equal(resumed.step(0).rows[0], whole.step(0).rows[0])
+
+
+def test_order_and_draws_both_follow_the_seed(mixture: Mixture) -> None:
+    first, other = (planner_of(mixture, seed, question=0).documents(np.arange(2000)) for seed in (3, 4))
+    assert (first.source == other.source).all()
+    assert (first.record != other.record).mean() > 0.9
+    # Where both have captions, nothing but the draw of the place says whether they come first.
+    captioned = np.logical_and(*(captions_of(mixture, each) > 0 for each in (first, other)))
+    assert (first.task == other.task)[captioned].mean() == pytest.approx(0.5, abs=0.06)
+
+
+def captions_of(mixture: Mixture, documents: Documents) -> np.ndarray:
+    places = zip(documents.source, documents.record, strict=True)
+    return np.array([mixture.sources[source].spans.captions[record] for source, record in places])
+
+
+def test_neighbouring_places_draw_by_themselves(mixture: Mixture) -> None:
+    documents = planner_of(mixture, question=0).documents(np.arange(4000))
+    first = (documents.task == CAPTION_FIRST)[captions_of(mixture, documents) > 0]
+    for distance in range(1, 6):
+        assert (first[distance:] == first[:-distance]).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_parts_of_one_size_have_orders_of_their_own(words: Path, tmp_path: Path) -> None:
+    """Else their records would meet in the same pairs in every epoch."""
+    other = make_folder(tmp_path / "other", {("train", "text"): make_things("text", 40, "other")}, vision="")
+    documents = planner_of(Mixture.open([str(words), str(other)])).documents(np.arange(80))
+    orders = [documents.record[documents.source == source].tolist() for source in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+    assert orders[0] != orders[1]
+
+
+def test_rows_of_a_window_are_shuffled(mixture: Mixture) -> None:
+    """Packing begins with the longest documents, but the first step of a window is no other than the last."""
+    seen = Counter[tuple[int, ...]]()
+    for seed in range(3):
+        planner = Planner(mixture, ReadingConfig(), seed=seed, row_tokens=ROW, window=64)
+        for window in range(4):
+            plan = planner.plan(window)
+            packed = pack(plan.documents.lengths.tolist(), ROW)
+            assert sorted(map(sorted, plan.rows)) == sorted(map(sorted, packed))
+            seen[tuple(packed.index(row) for row in plan.rows)] += 1
+    assert len(seen) == 12
+    assert not any(order == tuple(sorted(order)) for order in seen)
 
 
 def test_seeds_give_other_steps(mixture: Mixture) -> None:

@@ -9,8 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -36,6 +34,7 @@ from emulus.media import smart_resize
 from emulus.pipeline import Emulus
 from emulus.sequence import Document, Grammar, Image, Text, Video
 from emulus.sequence.templates import caption_first, caption_last, question_answer
+from tests.halted import halted
 
 
 @pytest.fixture(scope="module")
@@ -334,14 +333,11 @@ def test_killed_and_resumed(config: TokenizeConfig, tmp_path: Path) -> None:
     mine = dataclasses.replace(config, out=tmp_path / "killed")
     write_yaml(tmp_path / "config.yaml", mine)
     arguments = ["tokenize", str(mine.sources[0]), "--config", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen([sys.executable, "-m", "emulus", *arguments], stderr=subprocess.PIPE)
-    while process.poll() is None and not read_manifest(mine.out):
-        time.sleep(0.0005)
+    process = halted(tmp_path / "halted", "emulus.data.encoder:write_shard", 6, arguments)
     process.kill()
-    _, told = process.communicate()
-    assert process.returncode == -9, told.decode()
+    assert process.wait() == -9
     kept = {line.name: (mine.out / line.name).stat().st_mtime_ns for line in read_manifest(mine.out)}
-    assert 1 <= len(kept) < 12
+    assert len(kept) == 5
     assert not (mine.out / "tokens.json").exists()
     assert len({path.name for path in mine.out.glob("[a-z]*.arrayrecord")} - kept.keys()) <= 1
     tokenize(mine)
@@ -363,14 +359,12 @@ def test_nothing_is_left_of_stopped_workers(config: TokenizeConfig, tmp_path: Pa
     mine = dataclasses.replace(config, out=tmp_path / "killed", workers=2)
     write_yaml(tmp_path / "config.yaml", mine)
     arguments = ["tokenize", str(mine.sources[0]), "--config", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen([sys.executable, "-m", "emulus", *arguments], start_new_session=True)
-    # As soon as it has begun, since it is done within a second.
-    while process.poll() is None and not (mine.out / "making.json").exists():
-        time.sleep(0.0005)
+    # While its workers are busy with the next shards.
+    place = "emulus.data.tokenize:add_to_manifest"
+    process = halted(tmp_path / "halted", place, 1, arguments, start_new_session=True)
     process.send_signal(how)
-    # Before there are workers, SIGTERM simply ends it.
-    assert process.wait() in ((-9,) if how == signal.SIGKILL else (143, -15))
-    until = time.monotonic() + 20
+    assert process.wait() == (-9 if how == signal.SIGKILL else 143)
+    until = time.monotonic() + 120
     while runs(process.pid) and time.monotonic() < until:
         time.sleep(0.01)
     assert not runs(process.pid)

@@ -64,6 +64,58 @@ def test_a_request_does_not_depend_on_its_neighbours() -> None:
     assert len({result.ids for result in alone}) > 5
 
 
+SETTINGS: list[dict[str, float]] = [
+    {},
+    {"top_k": 2},
+    {"top_k": 0},
+    {"top_p": 0.3},
+    {"top_p": 0.7, "top_k": 0},
+    {"temperature": 0.0},
+    {"temperature": 0.4},
+    {"temperature": 2.5},
+    {"guidance_scale": 0.5},
+    {"guidance_scale": 1.0},
+    {"guidance_scale": 8.0},
+]
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def way_to_choose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the native kernels where there are some, and in plain PyTorch."""
+    if request.param == "plain":
+        monkeypatch.setattr("emulus.sampling.draw._kernels", lambda device: None)
+
+
+@pytest.mark.usefixtures("way_to_choose")
+def test_every_sampling_option_takes_effect_also_in_a_mixed_batch() -> None:
+    """Requests that differ in one option only: each gives the ids of plain sampling with its own options."""
+    prompt = draw(GRAMMAR, "a red apple", 4, 4)
+    requests = [
+        Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, params=parameters(4, **setting))
+        for setting in SETTINGS
+    ]
+    together = ENGINE.generate(requests, batch_size=len(requests))
+    for request, result in zip(requests, together, strict=True):
+        assert list(result.ids) == naive(request, len(result.ids)), request.params
+    assert len({result.ids for result in together}) == len(SETTINGS), "an option without effect would go unnoticed"
+    assert [ENGINE.generate([request])[0] for request in requests] == together
+
+
+@pytest.mark.usefixtures("way_to_choose")
+def test_written_text_obeys_its_sampling_options() -> None:
+    """Text may end at any id, so its legal ids lie in several ranges."""
+    prompt = caption(GRAMMAR, Image(random_codes(2, 3)))
+    requests = [
+        Request(prompt_ids=prompt.ids, may=prompt.may, params=parameters(2, **{"max_new_tokens": 16, **setting}))
+        for setting in SETTINGS
+        if "guidance_scale" not in setting
+    ]
+    together = ENGINE.generate(requests)
+    for request, result in zip(requests, together, strict=True):
+        check_against_naive(request, result)
+    assert len({result.ids for result in together}) == len(requests)
+
+
 @pytest.mark.parametrize("at_once", [1, 4, 7])
 def test_long_prompts_go_in_pieces(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the pieces, and though rows of a batch end in different ones, the ids are those of whole prompts."""
@@ -172,6 +224,24 @@ def test_text_is_cut_at_the_limit_and_ended() -> None:
     assert result.truncated
     assert len(result.ids) == 4
     assert result.ids[-1] == GRAMMAR.vocabulary.eos
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.sampled_from(["image", "video"]), st.randoms(use_true_random=False))
+def test_no_medium_begins_of_more_cells_than_ids_may_come(most: int, kind: str, chance: random.Random) -> None:
+    """Whatever size a model writes, the cells fit into ``max_new_tokens``."""
+    prompt = GRAMMAR.build(Document((Text("a"),)), eos=False)
+    request = Request(prompt_ids=prompt, may=frozenset({kind}), params=parameters(max_new_tokens=most))
+    walk = Walk(0, request, GRAMMAR, 4096)
+    ids = list(prompt)
+    while GRAMMAR.vocabulary.img not in ids:
+        legal = {id for each in walk.allowed().ranges for id in range(*each)} - {GRAMMAR.vocabulary.eos}
+        ids.append(chance.choice(sorted(legal)))
+        list(walk.take(ids[-1]))
+    opened = GRAMMAR.parse(ids).open
+    assert opened is not None
+    assert opened.size is not None
+    assert 1 <= opened.size.cells <= most
 
 
 def test_text_stops_at_the_end_of_the_context() -> None:

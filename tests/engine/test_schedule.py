@@ -128,6 +128,13 @@ def test_zipar_gives_whole_clips_in_order(h: int, w: int, t: int, window: int, g
         assert engine.counts.forwards == max(window * (t * h - 1) + w, 0)
 
 
+@pytest.mark.parametrize(("width", "window"), [(1, 1), (2, 1), (5, 3), (6, 3)])
+def test_zipar_waits_for_half_a_row_by_default(width: int, window: int) -> None:
+    default, same = (Engine(DECODER, GRAMMAR, schedule=schedule) for schedule in (Zipar(), Zipar(window=window)))
+    assert default.generate([drawing(4, width)]) == same.generate([drawing(4, width)])
+    assert default.counts.forwards == same.counts.forwards == 3 * window + width
+
+
 def test_zipar_among_others_and_where_the_prompt_breaks_off() -> None:
     """In a prompt that ends inside a row, in captions and free documents: every medium is whole, and none disturbs."""
     engine = Engine(DECODER, GRAMMAR, schedule=Zipar(window=2))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulus.engine import Done, Engine, Failed, Jacobi, Request, Result, Schedule, Sequential, Zipar
+from emulus.engine.pace import Pace
 from emulus.engine.scheduler import Scheduler
 from emulus.errors import EmulusError
 from emulus.sequence.document import Document, Text
@@ -256,6 +257,33 @@ def test_cancelled_from_another_thread() -> None:
     assert results[0] == ALONE[0]
     assert set(results.values()) == {ALONE[0]}
     assert scheduler.kv_bytes == 0
+
+
+def test_pace_is_told_ids_and_sequences_of_every_step() -> None:
+    """A guided request is two sequences, and ids that the grammar forces are ids, too."""
+    told: list[tuple[int, int]] = []
+
+    class Listening(Pace):
+        def made(self, ids: int, seconds: float, lanes: int) -> None:
+            told.append((ids, lanes))
+            super().made(ids, seconds, lanes)
+
+    scheduler = Scheduler(ENGINE.runner, GRAMMAR, Sequential(), most_running=8, pace=Listening())
+    prompt = draw(GRAMMAR, "a red apple", 2, 2)
+    for null in (prompt.null_ids, None, prompt.null_ids):
+        scheduler.submit(Request(prompt_ids=prompt.ids, null_ids=null, params=parameters()))
+    results = finish(scheduler)
+    assert [lanes for _, lanes in told] == [5] * 4
+    assert sum(ids for ids, _ in told) == scheduler.counts.tokens == sum(len(result.ids) for result in results.values())
+
+
+def test_ids_that_are_forced_before_the_first_step_count() -> None:
+    ids = [*draw(GRAMMAR, "a", 2, 1).ids, GRAMMAR.vocabulary.visual_start]  # the end of the first row must come
+    scheduler = Engine(DECODER, GRAMMAR).scheduler()
+    scheduler.submit(Request(prompt_ids=ids, params=parameters()))
+    (result,) = finish(scheduler).values()
+    assert result.ids[0] == GRAMMAR.vocabulary.eol
+    assert scheduler.counts.tokens == len(result.ids)
 
 
 def test_a_null_prompt_that_is_not_used_takes_no_room() -> None:

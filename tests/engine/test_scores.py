@@ -42,3 +42,5 @@ def test_scoring_switches_dropout_off_and_on_again(tiny: Emulus) -> None:
         assert tiny.decoder.training
     finally:
         tiny.decoder.eval()
+    score(tiny.decoder, ids, mask)
+    assert not tiny.decoder.training

@@ -51,6 +51,8 @@ def test_what_a_random_model_gets_wrong(found: Answers, asked: list[Example]) ->
     assert style.majority_answer in ("flat", "round")
     assert name.any_name is not None
     assert name.any_name.right == 0
+    assert name.neighbour_any_name is not None
+    assert name.neighbour_any_name.right == count
     assert colour.majority.right == 2
     assert found.items == found.neighbours == count
     assert found.captions.exact.right == 0
@@ -81,6 +83,43 @@ def test_what_it_says_is_right_where_the_data_say_the_same(model: Emulus, asked:
     assert (name.exact.right, name.any_name.right, name.neighbour, name.likeliest) == (4, 5, None, None)
     assert (name.majority.right, name.majority_answer) == (0, "")
     assert result.captions.exact.right == 3
+
+
+@pytest.mark.parametrize(("count", "asked_by_likelihood"), [(1, False), (2, True), (16, True), (17, False)])
+def test_few_possible_answers_are_asked_for_by_likelihood(
+    model: Emulus, asked: list[Example], count: int, asked_by_likelihood: bool
+) -> None:
+    item = dataclasses.replace(asked[0].item, questions=(Question("which one?", "answer 0"),))
+    known = [
+        dataclasses.replace(item, id=f"known/{n}", questions=(Question("which one?", f"answer {n % count}"),))
+        for n in range(2 * count)
+    ]
+    found = answers(model, [dataclasses.replace(asked[0], item=item)], known, [])
+    assert found is not None
+    (figures,) = found.questions
+    assert (figures.likeliest is not None) == asked_by_likelihood
+    assert figures.possible == (count if asked_by_likelihood else 0)
+
+
+def test_the_majority_is_that_of_the_training_items(model: Emulus, asked: list[Example]) -> None:
+    known = [
+        dataclasses.replace(asked[0].item, id=f"known/{n}", questions=(Question("which style?", answer),))
+        for n, answer in enumerate(["wild", "round", "wild", "flat", "wild"])
+    ]
+    found = answers(model, asked, known, [])
+    assert found is not None
+    style = found.questions[0]
+    assert (style.majority_answer, style.majority.right, style.possible) == ("wild", 0, 3)
+
+
+def test_a_keyword_is_a_name_but_not_the_name(asked: list[Example]) -> None:
+    item = dataclasses.replace(
+        asked[0].item, captions=("disc: shape, wheel",), questions=(Question("what is it?", "disc"),)
+    )
+    found = captioned([item] * 3, ["a red wheel", "a disc", "nothing of it"])
+    assert found.named is not None
+    assert found.any_name is not None
+    assert (found.named.right, found.any_name.right, found.named.asked) == (1, 2, 3)
 
 
 def test_captions_dealt_to_others(asked: list[Example]) -> None:

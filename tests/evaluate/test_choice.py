@@ -15,7 +15,7 @@ from emulus.evaluate.choice import Accuracy, Ranks, caption_scores, choose, make
 from emulus.model import Decoder
 from emulus.model.attention import Row
 from emulus.pipeline import Emulus
-from emulus.sequence import Image, caption_first, caption_last, collate
+from emulus.sequence import Document, Image, Text, caption_first, caption_last, collate
 
 WORDS = ("red", "green", "blue", "orange")
 
@@ -51,6 +51,17 @@ def learned(model: Emulus) -> Decoder:
         )
         losses.total.backward()
         optimizer.step()
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def undecided(model: Emulus) -> Decoder:
+    """The tiny decoder with random weights that are large enough for its scores to differ from item to item."""
+    decoder = copy.deepcopy(model.decoder).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.2, generator=generator)
     return decoder
 
 
@@ -91,6 +102,65 @@ def test_both_sides_add_up(model: Emulus, learned: Decoder) -> None:
     assert found.caption_both == Ranks.of(ranks_of(by_picture))
     assert found.picture_both == Ranks.of(ranks_of(by_picture.T))
     assert found.picture_by_words == Ranks.of(ranks_of(words.T))
+
+
+def test_every_figure_is_ranked_by_what_it_is_named_after(undecided: Decoder, model: Emulus) -> None:
+    """With a decoder that knows nothing the ranks are arbitrary, so every figure has ranks of its own."""
+    groups = [items(each=5), items(("other", "square"), each=5)]
+    found = choose(undecided, model.grammar, groups)
+    assert found is not None
+    ranks: dict[str, list[int]] = {}
+    for group in groups:
+        words, words_alone = caption_scores(undecided, model.grammar, group)
+        codes, codes_alone = picture_scores(undecided, model.grammar, group)
+        tables = {
+            "caption_raw": words,
+            "caption_pmi": words - words_alone,
+            "caption_both": words - words_alone + (codes - codes_alone).T,
+            "picture_raw": codes,
+            "picture_pmi": codes - codes_alone,
+            "picture_both": (words - words_alone).T + codes - codes_alone,
+            "picture_by_words": words.T,
+            # What a wrong sign would give, which must be something else for this test to tell.
+            "caption_sum": words + words_alone,
+            "picture_sum": codes + codes_alone,
+        }
+        for name, table in tables.items():
+            ranks.setdefault(name, []).extend(ranks_of(table))
+    for wrong in ("caption_sum", "picture_sum"):
+        name = wrong.replace("sum", "pmi")
+        assert Ranks.of(ranks.pop(wrong)) != Ranks.of(ranks[name])
+    assert {name: getattr(found, name) for name in ranks} == {name: Ranks.of(each) for name, each in ranks.items()}
+
+
+def test_scores_are_sums_over_the_ids_of_the_caption_or_the_picture(undecided: Decoder, model: Emulus) -> None:
+    """Against plain forward passes: of captions among text ids, of pictures among visual ones."""
+    group = items()[:3]
+    vocabulary = model.grammar.vocabulary
+
+    @torch.no_grad()
+    def plain(ids: list[int], id_range: tuple[int, int]) -> float:
+        start, stop = id_range
+        logs = undecided(torch.tensor([ids]))[0][:, start:stop].log_softmax(-1)
+        return sum(float(logs[place - 1, id - start]) for place, id in enumerate(ids) if start <= id < stop and place)
+
+    # A picture's size is written in text ids, too, and is not part of its caption.
+    def size_text(media: Image) -> float:
+        return plain(model.grammar.build(caption_last(media, ""), eos=False), vocabulary.text_range)
+
+    words, words_alone = caption_scores(undecided, model.grammar, group)
+    codes, codes_alone = picture_scores(undecided, model.grammar, group)
+    for row, item in enumerate(group):
+        for column, other in enumerate(group):
+            written = model.grammar.build(caption_last(item.media, other.captions[0]), eos=False)
+            expected = plain(written, vocabulary.text_range) - size_text(item.media)
+            assert words[row, column] == pytest.approx(expected, abs=1e-3)
+            drawn = model.grammar.build(caption_first(item.captions[0], other.media), eos=False)
+            assert codes[row, column] == pytest.approx(plain(drawn, vocabulary.visual_range), abs=1e-3)
+        alone = model.grammar.build(Document((Text(item.captions[0]),)), eos=False)
+        assert words_alone[row] == pytest.approx(plain(alone, vocabulary.text_range), abs=1e-3)
+        bare = model.grammar.build(caption_first("", item.media), eos=False)
+        assert codes_alone[row] == pytest.approx(plain(bare, vocabulary.visual_range), abs=1e-3)
 
 
 def test_mutual_information_subtracts_the_score_without_a_caption(model: Emulus, learned: Decoder) -> None:

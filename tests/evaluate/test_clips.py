@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from emulus.data.media_dataset import to_pixels
 from emulus.data.source import open_source
+from emulus.engine import Request
 from emulus.errors import EmulusError
 from emulus.evaluate import perceptual
 from emulus.evaluate.clips import ClipConfig, clip_figures, clips_to_draw, draw_clips
@@ -31,7 +33,8 @@ from emulus.evaluate.reconstruction import painted
 from emulus.evaluate.report import Curves, Gallery, Report, Table, write_report
 from emulus.media import Clip, clip_to_pixels
 from emulus.pipeline import Emulus
-from emulus.sequence import Image
+from emulus.sampling import SamplingParams
+from emulus.sequence import Image, Video, templates
 from emulus.tokenizer.vision.metrics import psnr
 
 needs_weights = pytest.mark.skipif(perceptual_metric() is None, reason="needs emulus[perceptual]")
@@ -114,6 +117,91 @@ def test_continuations_are_the_pipeline_s(model: Emulus, clips: list[Example]) -
         options = {"temperature": temperature, "guidance_scale": 1.0, "seed": 5}
         theirs = clip_to_pixels(model.continue_video(start, prompt=clip.caption, num_frames=8, **options))[4:]
         torch.testing.assert_close(found[1][0].rows[way].clamp(-1, 1), theirs, atol=1.01 / 127.5, rtol=0)
+
+
+@pytest.mark.parametrize(("captioned", "guidance"), [(True, 1.0), (True, 6.0), (False, 6.0)])
+def test_the_models_own_sampling_is_used(model: Emulus, clips: list[Example], captioned: bool, guidance: float) -> None:
+    """Temperature, top-k and top-p of the model's defaults, guidance and caption as configured."""
+    for change in ({"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.2}):
+        own = dataclasses.replace(model.defaults, **change)
+        choosy = Emulus(dataclasses.replace(model.bundle, defaults=own))
+        config = dataclasses.replace(
+            HALF, ways=("sampled",), captioned=captioned, guidance_scale=guidance, clips=1, show=1
+        )
+        found = continuation(choosy, clips, config, seed=2)
+        assert found is not None
+        assert found[0].guidance_scale == (guidance if captioned else 1.0)
+        original = clips[0].original
+        assert isinstance(original, Clip)
+        start = Clip(original.frames[:4], original.fps)
+        theirs = choosy.continue_video(
+            start,
+            prompt=clips[0].caption if captioned else "",
+            num_frames=8,
+            seed=2,
+            guidance_scale=guidance,
+            temperature=own.temperature,
+            top_k=own.top_k,
+            top_p=own.top_p,
+        )
+        ours = found[1][0].rows["sampled"].clamp(-1, 1)
+        torch.testing.assert_close(ours, clip_to_pixels(theirs)[4:], atol=1.01 / 127.5, rtol=0)
+
+
+@needs_weights
+def test_figures_are_those_of_the_frames_that_are_shown(model: Emulus, clips: list[Example]) -> None:
+    """Recomputed clip by clip from the frames of the report."""
+    found = continuation(model, clips, dataclasses.replace(HALF, show=4), seed=1)
+    assert found is not None
+    figures, strips = found
+    metric = perceptual_metric()
+    assert metric is not None
+    assert len(strips) == figures.count == 4
+
+    def per_clip(name: str) -> torch.Tensor:
+        return torch.stack([metric(strip.rows[name].clamp(-1, 1), strip.rows["true"]) for strip in strips])
+
+    for name in ("greedy", "sampled", REPEAT, LOOP):
+        course, near = figures.true.courses[name], per_clip(name)
+        assert course.stlpips == pytest.approx(near.mean(0).tolist(), abs=1e-5)
+        assert course.mean_stlpips == pytest.approx(float(near.mean()), abs=1e-5)
+        errors = torch.cat([(strip.rows[name].clamp(-1, 1) - strip.rows["true"]).square() for strip in strips])
+        assert course.mean_psnr == pytest.approx(float(10 * torch.log10(4 / errors.mean())), abs=1e-3)
+    shares = set()
+    for way, base in itertools.product(("greedy", "sampled"), (REPEAT, LOOP)):
+        versus = figures.true.versus[way][base]
+        margins = (per_clip(base) - per_clip(way)).mean(1)
+        assert versus.margin == pytest.approx(float(margins.mean()), abs=1e-5)
+        assert versus.error == pytest.approx(float(margins.std()) / len(margins) ** 0.5, abs=1e-5)
+        assert versus.clips == float((margins > 0).float().mean())
+        shares.add(versus.clips)
+    assert shares != {0.5}, "shares of lost clips would be the same"
+
+
+def test_what_is_shown_is_painted_from_codes_alone(model: Emulus, clips: list[Example]) -> None:
+    """The second comparison: with nothing kept of the given pixels, against the true frames painted likewise."""
+    found = continuation(model, clips, dataclasses.replace(HALF, clips=1, ways=("greedy",)), seed=1)
+    assert found is not None
+    clip = clips[0]
+    start = model.vision.encode(to_pixels(clip.frames[:4])[None])[0]
+    assert isinstance(clip.media, Video)
+    prompt = templates.continue_video(model.grammar, clip.caption, Video(start, fps=clip.media.fps), 2)
+    request = Request(prompt_ids=prompt.ids, may=prompt.may, params=SamplingParams(temperature=0))
+    (result,) = model.engine.generate([request])
+    whole = model.grammar.parse([*prompt.ids, *result.ids]).document.segments[-1]
+    assert isinstance(whole, Video)
+    made = painted(model.vision, whole.codes)[4:].clamp(-1, 1)
+    true = painted(model.vision, clip.media.codes)[4:].clamp(-1, 1)
+    expected = 10 * torch.log10(4 / (made - true).square().flatten(1).mean(1))
+    assert found[0].shown.courses["greedy"].psnr == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_drawn_clips_are_those_of_the_pipeline(model: Emulus, clips: list[Example]) -> None:
+    drawn = draw_clips(model, clips[:2], seed=9)
+    theirs = model.generate_videos([clip.caption for clip in clips[:2]], seed=9)
+    for clip, expected in zip(drawn, theirs, strict=True):
+        torch.testing.assert_close(to_pixels(clip), clip_to_pixels(expected))
+    assert not torch.equal(drawn[0], draw_clips(model, clips[:1], seed=8)[0])
 
 
 def test_only_whole_clips_and_whole_codes(model: Emulus, clips: list[Example]) -> None:

@@ -9,7 +9,8 @@ import torch
 from emulus.data.tokens import TokenizedItem
 from emulus.engine.scores import score_endings
 from emulus.errors import EmulusError
-from emulus.evaluate.likelihood import BitsPerId, Likelihood, likelihood, training_ids
+from emulus.evaluate.likelihood import BitsPerId, Likelihood, likelihood, training_ids, with_captions
+from emulus.evaluate.ngrams import NGrams, tuned_bits
 from emulus.pipeline import Emulus
 from emulus.sequence import Document, Image, Text, Video, caption_first, caption_last, modalities
 
@@ -72,6 +73,64 @@ def test_text_given_a_picture_differs_from_text_alone(model: Emulus) -> None:
     assert text.model * text.ids == pytest.approx(-expected / np.log(2), abs=1e-3)
     alone = grammar.build(Document((Text("a red disc"),)), eos=False)
     assert alone[1:] == ids
+
+
+def test_captions_take_turns(model: Emulus) -> None:
+    """Every phrasing of a data set has its share: in what is scored, and in what is counted beside a picture."""
+    items = [picture(seed, f"one {seed}", f"two {seed}", f"three {seed}") for seed in range(7)]
+    captioned = with_captions([items[0], picture(9), *items[1:]])
+    assert [caption.split()[0] for _, caption in captioned] == ["one", "two", "three", "one", "two", "three", "one"]
+    assert [item for item, _ in captioned] == items
+    documents = split_documents(training_ids(model.grammar, items), model.grammar.vocabulary.bos)
+    for number, item in enumerate(items):
+        own = item.captions[number // 2 % 3]
+        order = caption_last(item.media, own) if number % 2 else caption_first(own, item.media)
+        others = [Document((Text(text),)) for text in item.captions if text != own]
+        expected = [model.grammar.build(document) for document in (order, *others)]
+        assert documents[3 * number : 3 * number + 3] == expected
+
+
+def split_documents(ids: np.ndarray, bos: int) -> list[list[int]]:
+    starts = np.flatnonzero(ids == bos).tolist()
+    return [ids[start:stop].tolist() for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def test_bits_are_those_of_plain_passes_and_of_counts(model: Emulus) -> None:
+    """Each part recomputed id by id: the decoder over the whole vocabulary, pairs with the id before them."""
+    training = [picture(seed, f"a disc {seed % 3}") for seed in range(20, 40)]
+    clip = TokenizedItem(id="c", captions=("a clip",), media=Video(torch.zeros(2, 3, 3, dtype=torch.int64), fps=8))
+    held_out = [picture(0, "disc 1", "a second phrasing"), clip, picture(1, "disc 2", "a disc 2")]
+    found = likelihood(model.decoder, model.grammar, held_out, training)
+    known = training_ids(model.grammar, training)
+    vocabulary = model.grammar.vocabulary
+    bits: dict[tuple[str, str, str], list[float]] = {}
+    pairs: dict[str, list[tuple[int, int]]] = {"visual": [], "text": []}
+    for item, caption in with_captions(held_out):
+        kind = "picture" if isinstance(item.media, Image) else "clip"
+        for order, document in (
+            ("caption first", caption_first(caption, item.media)),
+            ("caption last", caption_last(item.media, caption)),
+        ):
+            ids = model.grammar.build(document)
+            with torch.no_grad():
+                logs = model.decoder(torch.tensor([ids]))[0].log_softmax(-1)
+            for modality, mask in modalities(np.array(ids), vocabulary).items():
+                for place in np.flatnonzero(mask).tolist():
+                    value = -float(logs[place - 1, ids[place]]) / np.log(2)
+                    bits.setdefault((modality, kind, order), []).append(value)
+                    pairs[modality].append((ids[place - 1], ids[place]))
+    assert {(each.modality, each.kind, each.order) for each in found.parts} == set(bits)
+    for names, values in bits.items():
+        assert part(found, *names).ids == len(values)
+        assert part(found, *names).model == pytest.approx(np.mean(values), abs=1e-3)
+    for modality, id_range in (("visual", vocabulary.visual_range), ("text", vocabulary.text_range)):
+        places = np.flatnonzero(modalities(known, vocabulary)[modality])
+        counts = NGrams.fit(known[places - 1], known[places], id_range)
+        before, ids = np.array(pairs[modality]).T
+        unigram, bigram = tuned_bits(counts, before, ids)
+        assert found.all[modality].unigram == pytest.approx(unigram.mean())
+        assert found.all[modality].bigram == pytest.approx(bigram.mean())
+        assert found.all[modality].ids == len(ids)
 
 
 def test_nothing_to_score(model: Emulus) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from emulus.data.media_dataset import to_pixels
-from emulus.data.source import even, open_source
+from emulus.data.source import open_source
 from emulus.errors import EmulusError
 from emulus.evaluate import perceptual
 from emulus.evaluate.codecs import ClipCodec, Codec, best_clip_within, best_within, pixels_of
@@ -174,9 +174,3 @@ def test_a_model_that_is_not_square(model: Emulus) -> None:
     wide = dataclasses.replace(model.bundle, defaults=dataclasses.replace(model.defaults, width=32))
     with pytest.raises(EmulusError, match="square"):
         encode_examples(Emulus(wide), [])
-
-
-def test_even_spread() -> None:
-    assert even(list(range(10)), 5) == [0, 2, 4, 6, 8]
-    assert even([1, 2], 5) == [1, 2]
-    assert even([], 3) == []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emulus.errors import EmulusError
 from emulus.sampling import SamplingParams, apply_guidance, gumbel, sample, top_k, top_p
+from emulus.sampling.draw import Question, Ranges, choose
 
 
 def random_logits(rows: int, ids: int, seed: int = 0) -> Tensor:
@@ -132,3 +133,75 @@ def test_greedy_takes_the_largest_and_rows_keep_their_settings() -> None:
     assert [chosen[0], chosen[2]] == [largest[0], largest[2]]
     alone = [sample(logits[row, None], torch.arange(30), [drawn], [row + 3])[0] for row in (1, 3)]
     assert [chosen[1], chosen[3]] == alone
+
+
+RANGES = [((10, 22),), ((0, 5), (30, 40))]
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5, 1.0]),
+    top_k=st.sampled_from([0, 1, 4]),
+    top_p=st.sampled_from([0.5, 1.0]),
+    guidance_scale=st.sampled_from([0.0, 0.5, 3.0]),
+    seed=st.integers(0, 3),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(PARAMS, min_size=1, max_size=8))
+def test_rows_of_many_settings_are_as_each_alone(params: list[SamplingParams]) -> None:
+    logits, ids = random_logits(len(params), 30), torch.arange(40, 70)
+    together = sample(logits, ids, params, range(len(params)))
+    alone = [sample(logits[row, None], ids, [each], [row]) for row, each in enumerate(params)]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_rows_of_one_setting_have_noise_of_their_own() -> None:
+    flat, ids = torch.zeros(20, 50), torch.arange(50)
+    by_seed = sample(flat, ids, [SamplingParams(seed=seed) for seed in range(20)], [7] * 20)
+    by_position = sample(flat, ids, [SamplingParams(seed=7)] * 20, range(20))
+    for place in range(20):
+        assert by_seed[place] == noise(place, 7, ids).argmax()
+        assert by_position[place] == noise(7, place, ids).argmax()
+    assert min(len(by_seed.unique()), len(by_position.unique())) > 10
+
+
+ASKED = st.tuples(PARAMS, st.sampled_from(RANGES), st.integers(0, 3), st.booleans())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ASKED, min_size=1, max_size=9), st.integers(0, 100))
+def test_every_question_is_answered_by_its_own_settings(
+    asked: list[tuple[SamplingParams, Ranges, int, bool]], seed: int
+) -> None:
+    """Kinds in any order, and repeated: as each question alone, worked out step by step."""
+    table = random_logits(2 * len(asked), 40, seed)
+    rows = torch.randperm(2 * len(asked), generator=torch.Generator().manual_seed(seed)).tolist()
+    questions = [
+        Question(ranges=ranges, params=params, position=position, cond=rows.pop(), null=rows.pop() if guided else None)
+        for params, ranges, position, guided in asked
+    ]
+
+    def logits(rows: list[int], ranges: Ranges) -> Tensor:
+        return torch.cat([table[rows, start:stop] for start, stop in ranges], -1)
+
+    assert choose(logits, questions).tolist() == [step_by_step(table, question) for question in questions]
+
+
+def step_by_step(table: Tensor, question: Question) -> int:
+    params = question.params
+    ids = [id for start, stop in question.ranges for id in range(start, stop)]
+    scores = {id: float(table[question.cond, id]) for id in ids}
+    if question.null is not None:
+        null = {id: float(table[question.null, id]) for id in ids}
+        scores = {id: null[id] + params.guidance_scale * (scores[id] - null[id]) for id in ids}
+    if params.temperature == 0:
+        return max(ids, key=scores.__getitem__)
+    scores = {id: score / params.temperature for id, score in scores.items()}
+    kept = sorted(ids, key=scores.__getitem__, reverse=True)[: params.top_k or None]
+    total, before = sum(math.exp(scores[id]) for id in kept), 0.0
+    drawn: dict[int, float] = {}
+    for id in kept:
+        if before < params.top_p:
+            drawn[id] = scores[id] + float(noise(params.seed, question.position, torch.tensor([id])))
+        before += math.exp(scores[id]) / total
+    return max(drawn, key=drawn.__getitem__)

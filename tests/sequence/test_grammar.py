@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
+import sys
 import unicodedata
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ from emulus.sequence import (
 )
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 CODEBOOK, ACTIONS = 50, 12
 TEXT = TextTokenizer.train(["a red apple", "drawing of a cat"] * 3, size=290)
@@ -399,17 +402,36 @@ def test_a_tokenizer_of_another_size_is_refused() -> None:
         Grammar(Vocabulary.native(text_size=TEXT.size + 1, visual_size=4), TEXT)
 
 
-def test_a_long_clip_is_built_and_parsed_at_once() -> None:
+def test_a_long_clip_is_built_and_parsed_without_a_loop_over_its_cells() -> None:
     grammar = Grammar(Vocabulary.native(text_size=TEXT.size, visual_size=CODEBOOK), TEXT)
-    document = Document((clip(30, 64, 65, fps=24),))
-    grammar.build(document)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        ids = grammar.build(document)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.02  # 2 ms where it was written; a loop over its cells takes 60
-    assert grammar.parse(ids).document == document
+    small, large = (Document((clip(t, h, w, fps=24),)) for t, h, w in ((10, 11, 12), (30, 64, 65)))
+    few, ids = operations(grammar.build, small)
+    many, more_ids = operations(grammar.build, large)
+    assert len(more_ids) > 80 * len(ids)
+    assert 0 < many < 1.5 * few
+    few, parsed = operations(grammar.parse, ids)
+    many, more_parsed = operations(grammar.parse, more_ids)
+    assert (parsed.document, more_parsed.document) == (small, large)
+    assert 0 < many < 1.5 * few
+
+
+def operations(work: Callable[[Any], T], given: object) -> tuple[int, T]:
+    """How many operations the interpreter does, which is the same on every machine, and what comes of it."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        result = work(given)
+    finally:
+        sys.settrace(before)
+    return count, result
 
 
 # what may come next

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -234,10 +233,8 @@ def test_two_signals_do_not_wait(tmp_path: Path) -> None:
     class Impatient(Line):
         def batches(self, step: int) -> list[Tensor]:
             if step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return super().batches(step)
 
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,6 @@ import logging
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import PIL.Image
@@ -30,6 +29,7 @@ from emulus.train.config import TrainConfig
 from emulus.train.metrics import read_metrics
 from emulus.train.pretrain import PretrainConfig, PretrainObjective, pretrain
 from emulus.train.tokenizer import TokenizerObjective, TokenizerTrainConfig, train_tokenizer
+from tests.halted import halted
 
 QUICK = TrainConfig(
     steps=6, learning_rate=3e-3, warmup_steps=2, save_every=3, evaluate_every=3, precision="fp32", device="cpu"
@@ -118,15 +118,14 @@ def test_killed_and_restarted_equals_uninterrupted(
     def run(out: Path, *, kill_after: int | None = None) -> None:
         config = dataclasses.replace(base, out=out, train=loop)  # type: ignore[type-var]
         write_yaml(tmp_path / "config.yaml", config)
-        command = [sys.executable, "-m", "emulus", stage, "demo-tiny", "--config", str(tmp_path / "config.yaml")]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while kill_after is not None and len(figures(out, "train", "loss")) < kill_after:
-            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-            time.sleep(0.005)
-        if kill_after is not None:
-            process.kill()
-        process.communicate()
-        assert process.returncode == (-signal.SIGKILL if kill_after else 0)
+        arguments = [stage, "demo-tiny", "--config", str(tmp_path / "config.yaml")]
+        if kill_after is None:
+            subprocess.run([sys.executable, "-m", "emulus", *arguments], stdout=subprocess.DEVNULL, check=True)
+            return
+        process = halted(tmp_path / "halted", "emulus.train.loop:_Loop.run_step", kill_after, arguments)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert len(figures(out, "train", "loss")) == kill_after
 
     run(tmp_path / "whole")
     run(tmp_path / "killed", kill_after=5)
