@@ -38,6 +38,12 @@ class EmulusError(Exception):
         return one_line(super().__str__())
 
 
+class UsageError(EmulusError):
+    """A command line that cannot be understood: an unknown flag, a value that is not of the flag's type."""
+
+    status = 2
+
+
 def one_line(text: str, most: int = MAX_MESSAGE) -> str:
     """Text that is safe to print: one line, no control characters, at most ``most`` letters.
 

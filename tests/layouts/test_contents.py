@@ -171,7 +171,7 @@ def add_lines(folder: Path, text: str) -> None:
         (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "00001-of-00002.safetensors is missing"),
         (lambda f: edit(f / "config.json", {"model_type": "llama"}), "of a model of type 'llama'; Emulus reads"),
         (lambda f: edit(f / "config.json", {}, drop=("model_type",)), "of type None"),
-        (lambda f: (f / "config.json").write_text("[]"), "holds no keys and values"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds a list, not fields"),
         (lambda f: edit(f / "config.json", {"hidden_size": 64}), "mis-shaped"),
         (lambda f: edit(f / "config.json", {"vocab_siz": 5}), "did you mean 'vocab_size'"),
         (lambda f: edit(f / "config.json", {"quantization_config": {}}), "quantization_config"),
@@ -181,7 +181,7 @@ def add_lines(folder: Path, text: str) -> None:
         (lambda f: add_lines(f, "rubbish"), "emu3_vision_tokens.txt: line 68 is 'rubbish'"),
         (lambda f: add_lines(f, "<|visual token 000064|>\n"), "knows 575 ids but the vocabulary has 576"),
         (lambda f: (f / "emu3_vision_tokens.txt").write_bytes(b"\xff\xfe"), "is not text"),
-        (lambda f: (f / "generation_config.json").write_text("[1]"), "generation_config.json holds no keys"),
+        (lambda f: (f / "generation_config.json").write_text("[1]"), "generation_config.json holds a list"),
     ],
 )
 def test_every_fault_is_one_line(released: Path, spoil: Callable[[Path], object], says: str) -> None:
@@ -224,7 +224,7 @@ def drop_from_map(folder: Path) -> None:
         (lambda f: edit(f / "config.json", {"text_config": {}}), "mis-shaped"),
         (lambda f: edit(f / "config.json", {"quantization_config": {}}), "quantization_config"),
         (lambda f: edit(f / "config.json", {"vq_config": {"double_latent": True}}), "double_z"),
-        (lambda f: edit(f / "config.json", {"vq_config": {"num_attention_heads": 2}}), "several attention heads"),
+        (lambda f: edit(f / "config.json", {"vq_config": {"num_attention_heads": 2}}), "num_attention_heads is 2 but must be 1"),
         (lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {}}}'), r"no <\|endoftext\|>"),
         (lambda f: (f / "tokenizer.json").write_text('{"added_tokens": [{"content": "x"}]}'), "whole numbers"),
         (lambda f: (f / "tokenizer.json").write_text("nonsense"), "not valid JSON"),
