@@ -63,12 +63,5 @@ def test_a_missing_file() -> None:
         from_flags(TrainConfig(), ["--config"], program="test")
 
 
-def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        from_flags(TrainConfig(), ["--learning-rat", "1"], program="test")
-    assert caught.value.code == 2
-    assert "--learning-rate" in capsys.readouterr().err
-
-
 def test_plain_values() -> None:
     assert to_dict(recipe("demo-tiny").tokenizer)["model"]["ch_mult"] == [1, 2, 2]

@@ -67,7 +67,9 @@ def dtypes_of(tensors: Tensors) -> dict[str, torch.dtype]:
                     if stored.file == path
                 }
         except (SafetensorError, OSError) as error:
-            raise EmulusError(f"{path} is damaged or truncated ({shown(error, quote=False)}); restore it from its source") from None
+            raise EmulusError(
+                f"{path} is damaged or truncated ({shown(error, quote=False)}); restore it from its source"
+            ) from None
         for name, kind in names.items():
             if kind not in _DTYPES:
                 raise EmulusError(f"{path} holds {name} as {kind}, which is not read; give unquantised weights")

@@ -208,7 +208,9 @@ def fill(
         wanted = getattr(owner, leaf)
         tensor = read_tensor(stored, dtype=dtype, device=place(device, name)).view(wanted.shape)
         if tensor.is_floating_point() != wanted.is_floating_point():
-            raise EmulusError(f"{stored.file}: {stored.name} is of {tensor.dtype}, not {wanted.dtype}; restore the file")
+            raise EmulusError(
+                f"{stored.file}: {stored.name} is of {tensor.dtype}, not {wanted.dtype}; restore the file"
+            )
         setattr(owner, leaf, tensor if leaf in owner._buffers else nn.Parameter(tensor, tensor.is_floating_point()))
 
 
@@ -272,7 +274,9 @@ def _indexed(path: Path) -> dict[str, str]:
         raise EmulusError(f"{path} has no weight_map; restore it from its source")
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise EmulusError(f"{path} points at {shown(name)}, which is not a .safetensors file beside it; it is not read")
+            raise EmulusError(
+                f"{path} points at {shown(name)}, which is not a .safetensors file beside it; it is not read"
+            )
         if not (path.parent / name).exists():
             rest = _unfinished(path.parent) or f"; fetch the shard that {path.name} lists"
             raise EmulusError(f"{path.parent / name} is missing{rest}")

@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from emulus.errors import EmulusError
+from emulus.flags import parse_flags
 from emulus.hub import fetch
 from emulus.layouts.conversion import convert as convert_folder
 
@@ -44,7 +45,7 @@ class ConvertOptions:
 
 def convert(arguments: Sequence[str]) -> None:
     """``emulus convert SRC DST --to released|transformers|emulus``."""
-    options = tyro.cli(ConvertOptions, args=list(arguments), prog="emulus convert")
+    options = parse_flags(ConvertOptions, arguments, program="emulus convert")
     done = convert_folder(
         fetch(options.src),
         options.dst,

@@ -18,6 +18,7 @@ import yaml
 from emulus.config import to_dict
 from emulus.data.tokens import SETTINGS, Tokens
 from emulus.errors import EmulusError, did_you_mean
+from emulus.flags import parse_flags
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder
 from emulus.model import SIZES
@@ -48,7 +49,7 @@ class InfoOptions:
 
 def info(arguments: Sequence[str]) -> None:
     """``emulus info [PATH | RECIPE] [--json]``."""
-    options = tyro.cli(InfoOptions, args=list(arguments), prog="emulus info")
+    options = parse_flags(InfoOptions, arguments, program="emulus info")
     if options.sizes:
         found: dict[str, Any] = {"sizes": {name: dict(size) for name, size in SIZES.items()}, "recipes": list(RECIPES)}
     elif options.path in RECIPES:

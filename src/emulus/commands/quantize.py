@@ -16,6 +16,7 @@ from emulus.data.mixture import Mixture
 from emulus.data.tokens import Tokens, vision_digest
 from emulus.errors import EmulusError, at_least
 from emulus.files import COMPLETE, new_folder, read_config, write_json
+from emulus.flags import parse_flags
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder, read_text, with_vision
 from emulus.layouts.conversion import check_free
@@ -59,7 +60,7 @@ class QuantizeOptions:
 
 def quantize(arguments: Sequence[str]) -> None:
     """``emulus quantize MODEL OUT --to int8|int4|fp8 [--calibrate TOKENS]``."""
-    options = tyro.cli(QuantizeOptions, args=list(arguments), prog="emulus quantize")
+    options = parse_flags(QuantizeOptions, arguments, program="emulus quantize")
     quantize_folder(
         fetch(options.model),
         options.out,

@@ -338,7 +338,9 @@ def _preset(contents: Contents) -> str:
         codes = (released.codebook_size, released.spatial_factor)
         return "emu3" if vision and (vision.codebook_size, vision.spatial_factor) == codes else "native"
     if contents.layout == "emulus":
-        preset: str = decode(str, contents.generation.get("preset", "native"), f"{contents.folder / GENERATION_FILE}: preset")
+        preset: str = decode(
+            str, contents.generation.get("preset", "native"), f"{contents.folder / GENERATION_FILE}: preset"
+        )
         return preset
     if decoder.qk_norm or decoder.vocab_size == Vocabulary.emu3_5().size:
         return "emu3.5"

@@ -197,7 +197,10 @@ def from_config(values: object) -> Quantization:
     kind = check_kind(said["kind"])
     read = to_config(kind)
     # "calibrated" is a note on how the weights were made.
-    if any(said.get(key) != value for key, value in read.items()) or said.keys() - read.keys() - {"calibrated", "group"}:
+    if any(said.get(key) != value for key, value in read.items()) or said.keys() - read.keys() - {
+        "calibrated",
+        "group",
+    }:
         raise EmulusError(f"quantization {shown(said)} is not of the sort that is read here, {read}")
     return kind
 

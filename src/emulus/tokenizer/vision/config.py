@@ -60,22 +60,22 @@ class VisionTokenizerConfig:
         for name, least, most, longest in (("ch_mult", 1, 64, _MAX_LEVELS), ("attn_resolutions", 0, 31, 32)):
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) > longest:
-                raise EmulusError(f"{_WHERE}: {name} must be at most {longest} whole numbers, got {shown(values)}")
+                raise EmulusError(f"{name} must be at most {longest} whole numbers, got {shown(values)}")
             for value in values:
                 _check_whole(name, value, least, most)
         if not self.ch_mult:
-            raise EmulusError(f"{_WHERE}: ch_mult is empty; give a factor for each level")
+            raise EmulusError("ch_mult is empty; give a factor for each level")
         if self.ch % NORM_GROUPS:
-            raise EmulusError(f"{_WHERE}: ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
+            raise EmulusError(f"ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
         factor = self.temporal_downsample_factor
         if factor & (factor - 1):
-            raise EmulusError(f"{_WHERE}: temporal_downsample_factor must be a power of two, got {factor}")
+            raise EmulusError(f"temporal_downsample_factor must be a power of two, got {factor}")
         rate = self.dropout
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise EmulusError(f"{_WHERE}: dropout must be at least 0 and below 1, got {shown(rate)}")
+            raise EmulusError(f"dropout must be at least 0 and below 1, got {shown(rate)}")
         if self.parameters > _MAX_PARAMETERS:
             raise EmulusError(
-                f"{_WHERE}: its sizes make {self.parameters:.1e} parameters, and at most {_MAX_PARAMETERS:.1e} are read"
+                f"its sizes make {self.parameters:.1e} parameters, and at most {_MAX_PARAMETERS:.1e} are read"
             )
 
     @property
@@ -87,7 +87,9 @@ class VisionTokenizerConfig:
         for code_channels, extra in ((0, 0), (codes, 1)):  # of the encoder and the decoder
             for level, width in enumerate(widths):
                 before = (self.ch, *widths)[level] if not extra else widths[min(level + 1, last)]
-                count += _block(before, width, code_channels) + (blocks + extra - 1) * _block(width, width, code_channels)
+                count += _block(before, width, code_channels) + (blocks + extra - 1) * _block(
+                    width, width, code_channels
+                )
                 if level in self.attn_resolutions:
                     count += (blocks + extra) * _attention(width, code_channels)
                 # A level is resized after it but for the last: the coarsest, or the finest of the decoder.
@@ -95,7 +97,9 @@ class VisionTokenizerConfig:
             count += 2 * _block(widths[-1], widths[-1], code_channels) + _attention(widths[-1], code_channels)
             count += blocks * 2 * (2 * z + _convolution(z, z, 27))
         count += _convolution(self.in_channels, self.ch, 9) + 2 * widths[-1] + _convolution(widths[-1], z, 9)
-        count += _convolution(z, widths[-1], 9) + _norm(widths[0], codes) + _convolution(widths[0], self.out_channels, 9)
+        count += (
+            _convolution(z, widths[-1], 9) + _norm(widths[0], codes) + _convolution(widths[0], self.out_channels, 9)
+        )
         halvings = self.temporal_factor.bit_length() - 1
         return count + halvings * (_convolution(z, z, 36) + _convolution(z, z, 27))
 
@@ -135,7 +139,7 @@ class VisionTokenizerConfig:
 def _check_whole(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         wanted = f"{least}" if least == most else f"a whole number from {least} to {most}"
-        raise EmulusError(f"{_WHERE}: {name} must be {wanted}, got {shown(value)}")
+        raise EmulusError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def _convolution(inputs: int, outputs: int, kernel: int) -> int:
