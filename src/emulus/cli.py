@@ -73,11 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-_OUT_OF_MEMORY = "not enough memory for this; close other programs, or ask for less: fewer or smaller images at once, a smaller dtype"
+_OUT_OF_MEMORY = (
+    "not enough memory; close other programs, or ask for fewer or smaller images at once or a smaller dtype"
+)
 
 
 def _prepare_streams() -> None:
-    """Nothing that is printed may fail for its letters, and messages go nowhere rather than into a file opened later."""
+    """Nothing that is printed may fail for its letters, and no message may land in a file that is opened later."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     reconfigure = getattr(sys.stdout, "reconfigure", None)

@@ -30,6 +30,8 @@ MAX_YAML_BYTES = 2**18
 MAX_YAML_VALUES = 100_000
 """YAML aliases let a kilobyte stand for billions of values."""
 MAX_INTEGER = 2**63
+MAX_NUMBER = 64
+"""Characters of a number in YAML."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HTML = re.compile(rb"[\xef\xbb\xbf\s]*<(!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
 
@@ -80,7 +82,17 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"its merge keys (<<) copy more than {MAX_YAML_VALUES:,} values")
         super().flatten_mapping(node)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Numbers of a length that numbers have: 1:1:1 is one to the base of 60 and takes time by its length squared."""
+        if len(node.value) > MAX_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters; put texts in quotes")
+        is_whole = node.tag == "tag:yaml.org,2002:int"
+        value: int | float = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        return value
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 _Loader.yaml_implicit_resolvers = {key: list(found) for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -104,8 +116,13 @@ def parse_yaml(text: str, where: str) -> Any:
     except RecursionError:
         raise EmulusError(f"{where} is nested deeper than {MAX_DEPTH} levels; write fields and values only") from None
     # Beside YAMLError, PyYAML's constructors raise whatever int(), date() and indexing raise.
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise EmulusError(f"{where} is not valid YAML: {shown(error, quote=False)}") from None
+    except yaml.YAMLError as error:
+        raise EmulusError(f"{where} is not valid YAML ({shown(error, quote=False)}); fix that line") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise EmulusError(
+            f"{where} is not valid YAML: a tag (!!) or a date has a value that it cannot have "
+            f"({shown(error, quote=False)}); write plain values, texts in quotes"
+        ) from None
     _check_nesting(value, where, most=MAX_YAML_VALUES, plain=True, remedy="write fields and values only")
     return value
 

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-MAX_MESSAGE = 1000
+MAX_MESSAGE = 900
 """Letters of a message. What is longer loses its middle, since the remedy stands at the end."""
 MAX_SHOWN = 100
 """Letters of a value from outside that a message repeats."""

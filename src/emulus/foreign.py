@@ -54,11 +54,14 @@ _FILE = frozenset(
 # Of transformers' classes: what they return, how they are split over devices, heads for classifying, training.
 _CLASS = frozenset(
     {
-        "base_model_ep_plan", "base_model_pp_plan", "base_model_tp_plan", "chunk_size_feed_forward", "distributed_config",
+        "base_model_ep_plan", "base_model_pp_plan", "base_model_tp_plan", "chunk_size_feed_forward",
+        "distributed_config",
         "embd_dropout", "embd_pdrop", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "id2label",
-        "initializer_factor", "is_decoder", "keys_to_ignore_at_inference", "label2id", "loss_type", "max_window_layers",
+        "initializer_factor", "is_decoder", "keys_to_ignore_at_inference", "label2id", "loss_type",
+        "max_window_layers",
         "num_labels", "prefix", "problem_type", "resid_pdrop", "return_dict", "sub_configs", "task_specific_params",
-        "tf_legacy_loss", "tie_encoder_decoder", "torchscript", "tp_plan", "use_bfloat16", "use_return_dict", "xla_device",
+        "tf_legacy_loss", "tie_encoder_decoder", "torchscript", "tp_plan", "use_bfloat16", "use_return_dict",
+        "xla_device",
     }
 )  # fmt: skip
 SILENT = _FILE | _CLASS | _IDS | _GENERATION | {"temperature", "top_k", "top_p", "image_area", "guidance_scale"}

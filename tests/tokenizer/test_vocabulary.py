@@ -129,6 +129,11 @@ def test_save_and_load(tmp_path: Path) -> None:
         ({"special_names": {"row end": 300}}, "must name the id"),
         ({"special_names": NATIVE.to_dict()["special_names"] | {"plain": 400}}, "must look like"),
         ({"special_names": NATIVE.to_dict()["special_names"] | {"<|visual token 000001|>": 400}}, "must look like"),
+        ({"visual_size": 2**24}, "whole numbers below"),
+        ({"visual_start": 2**64}, "must be a whole number"),
+        ({"text_size": True}, "must be a whole number"),
+        ({"special_names": {"<|x|>" * 9999: 3.5}}, "must be a whole number"),
+        ({"specials": NATIVE.specials | {"eol" * 9999: 400}}, "specials must be"),
         ({"surprise": 1}, "unknown key 'surprise'"),
     ],
 )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from emulus.commands.shipped import MODEL, shipped
 from emulus.data.source import Source, even, open_source
 from emulus.data.tokenize import tokenize
