@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -118,10 +119,8 @@ def test_types_that_torch_cannot_read_are_one_line(folder: Path) -> None:
     for kind, size in {"F4": 3, "F8_E8M0": 6, "F6_E2M3": 6, "C64": 48}.items():
         values = {"weight": {"dtype": kind, "shape": [3, 2], "data_offsets": [0, size]}}
         (folder / WEIGHTS).write_bytes(header(values, data=bytes(size)))
-        model = on_meta(lambda: nn.Linear(2, 3, bias=False))
-        with pytest.raises(EmulusError):
-            fill(model, find_tensors(folder), dtype=None, device="cpu")
-            raise EmulusError("torch reads it")
+        with contextlib.suppress(EmulusError):
+            fill(on_meta(lambda: nn.Linear(2, 3, bias=False)), find_tensors(folder), dtype=None, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000])

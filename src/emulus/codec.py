@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """Numbers of a length that numbers have: 1:1:1 is one to the base of 60 and takes time by its length squared."""
+        """Numbers as long as numbers are: 1:1:1 is one to the base of 60, and takes time by its length squared."""
         if len(node.value) > MAX_NUMBER:
             raise yaml.YAMLError(f"a number of {len(node.value):,} characters; put texts in quotes")
         is_whole = node.tag == "tag:yaml.org,2002:int"

@@ -33,7 +33,8 @@ HOSTILE: list[tuple[str, Any]] = [
       for value in ([1] * 3000, [10**9], [-1], [1.0], [True], ["1"], [[1]], [{}], [None], {}, {"0": 1}, 3, "12", True)),
     *(("dropout", value) for value in (2**64, -0.1, 1, 1.5, True, "0", [0.1], float("nan"), float("inf"))),
     *(("double_z", value) for value in (True, 1, "no", [0])),
-    ("ch", 48), ("ch_mult", []), ("temporal_downsample_factor", 3), ("codebook_size", 1), ("model_type", ["Emu3VisionVQ"]),
+    ("ch", 48), ("ch_mult", []), ("temporal_downsample_factor", 3), ("codebook_size", 1),
+    ("model_type", ["Emu3VisionVQ"]),
 ]  # fmt: skip
 
 
