@@ -140,7 +140,7 @@ def find_tensors(folder: Path) -> Tensors:
     if pickles:
         raise EmulusError(
             f"{folder} holds {pickles[0]}, a pickle, which could run code and is not read; "
-            "convert it to safetensors first"
+            "convert it to safetensors first: transformers writes it with save_pretrained"
         )
     raise EmulusError(f"{folder} holds no {WEIGHTS}{_unfinished(folder) or '; is it the folder of a model?'}")
 
@@ -181,7 +181,7 @@ def check_shapes(folder: Path, wanted: Shapes, tensors: Tensors) -> None:
     )
     parts = [_listing(kind, names) for kind, names in differences if names]
     if parts:
-        raise EmulusError(f"{folder}: the shapes of the weights are not those of its {CONFIG}: {'; '.join(parts)}")
+        raise EmulusError(f"{folder}: the shapes of the weights are not those of its {CONFIG}: {'; '.join(parts)}; fetch both again")
 
 
 def fill(

@@ -17,7 +17,7 @@ import yaml
 
 from emulus.config import to_dict
 from emulus.data.tokens import SETTINGS, Tokens
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, did_you_mean, shown
 from emulus.flags import parse_flags
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder
@@ -56,7 +56,7 @@ def info(arguments: Sequence[str]) -> None:
         about = {"about": f"{inspect.getdoc(RECIPES[options.path])}\n"}
         found = about | to_dict(recipe(options.path))
     elif "/" not in options.path and not Path(options.path).exists():
-        raise EmulusError(f"{options.path!r} is neither a folder nor a recipe{did_you_mean(options.path, RECIPES)}")
+        raise EmulusError(f"{shown(options.path)} is neither a folder nor a recipe{did_you_mean(options.path, RECIPES)}")
     elif (Path(options.path) / SETTINGS).exists():
         found = describe_tokens(Tokens.open(Path(options.path)), check=options.check)
     else:

@@ -11,7 +11,7 @@ import torch
 
 from emulus.codec import as_mapping
 from emulus.device import pick_device
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, shown
 from emulus.files import read_config, write_json
 from emulus.model.config import DecoderConfig
 from emulus.model.quantize import (
@@ -180,8 +180,8 @@ def load_decoder_from(
         fill(model, whole, dtype=dtype, device=device)
     except torch.OutOfMemoryError as error:
         raise EmulusError(
-            f"{folder}: no memory left for the decoder ({str(error).splitlines()[0]}); take a smaller dtype, int8 or "
-            "int4, or let part of it lie on the CPU (device auto)"
+            f"{folder}: no memory left for the decoder ({shown(error, quote=False)}); take a smaller dtype, fewer bits "
+            "(quantize int8 or int4), or let part of it lie on the CPU (device auto)"
         ) from None
     if kind is None and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
