@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
 from emulus.cli import VERBS, main
+from emulus.errors import EmulusError
 from emulus.media import Clip, read_video, write_video
 from emulus.pipeline import Emulus
 
@@ -190,3 +194,102 @@ def test_foreign_and_damaged_models(model: Path, tmp_path: Path, capsys: pytest.
     weights.write_bytes(weights.read_bytes()[:-100])
     assert main(["generate", "a cat", "--model", str(copy)]) == 1
     assert "damaged or truncated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "--jsn"], "there is no flag --jsn; did you mean --json? see emulus info --help"),
+        (["convert", "a"], "emulus convert needs DST, --to"),
+        (["pretrain", "demo-tiny", "--train.stepz", "3"], "did you mean --train.steps? see emulus pretrain --help"),
+        (["evaluate", "--quik"], "did you mean --quick? see emulus evaluate --help"),
+    ],
+)
+def test_wrong_flags_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("emulus: ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", ["a\udcff", "\ud800", "b\n\udcff\x1b[2J"])
+def test_names_that_are_not_utf8_are_refused_at_the_start(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "demo-tiny", "--out", word]) == 1
+    error = capsys.readouterr().err
+    assert "is not valid UTF-8; rename" in error
+    assert len(error.splitlines()) == 1
+    error.encode()
+
+
+def raising(error: BaseException) -> Any:
+    def command(arguments: object) -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b cannot be read or written (No space left on"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 9999), "(File name too long); give it a shorter name"),
+        (OSError(errno.EIO, "Input/output error"), "a file cannot be read or written (Input/output error); check"),
+        (PermissionError(errno.EACCES, "Permission denied", b"a\xff"), "change its permissions, or name another place"),
+        (OSError("no number"), "a file cannot be read or written (no number); check"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 4 bytes"), "not enough memory"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"), "is not valid UTF-8"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "is not valid UTF-8"),
+        (EmulusError("a\nb\x1b[2J" + "c" * 10**6), "emulus: a b\\x1b[2Jccc"),
+        (KeyboardInterrupt(), "emulus: interrupted"),
+    ],
+)
+def test_what_nobody_expected_is_one_line(
+    error: BaseException, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emulus.commands.info.info", raising(error))
+    assert main(["info"]) in (1, 130)
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert len(said) < 1100
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emulus.commands.info.info", raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["info"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+@pytest.mark.parametrize(
+    ("redirected", "message"),
+    [
+        ("> /dev/full", "could not write to standard output (No space left on device)"),
+        (">&-", "could not write to standard output (it is closed)"),
+    ],
+)
+@pytest.mark.parametrize("arguments", ["--help", "info --sizes"])
+def test_an_output_that_takes_nothing(arguments: str, redirected: str, message: str) -> None:
+    command = f"{sys.executable} -m emulus {arguments} {redirected}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_messages_go_nowhere_if_stderr_is_closed() -> None:
+    command = f"{sys.executable} -m emulus info nowhere/at/all 2>&-"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+def test_letters_that_the_terminal_cannot_show_are_spelt(model: Path) -> None:
+    folder = model.with_name("mödel")
+    folder.symlink_to(model)
+    command = [sys.executable, "-m", "emulus", "info", str(folder)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert rb"m\xf6del" in result.stdout

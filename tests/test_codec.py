@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emulus.codec import MAX_DEPTH, check_not_lfs, decode, decode_fields, parse_json, parse_yaml
+from emulus.codec import MAX_DEPTH, check_not_lfs, check_not_placeholder, decode, decode_fields, parse_json, parse_yaml
 from emulus.errors import EmulusError
 
 PLAIN = st.recursive(
@@ -43,9 +43,40 @@ class Outer:
             raise EmulusError("count must be at most 100")
 
 
+def test_a_web_page_in_place_of_json_is_named() -> None:
+    for page in (b"<!DOCTYPE html><html>", "\n<html lang='x'>", "\ufeff<HTML>", '<?xml version="1.0"?>'):
+        with pytest.raises(EmulusError, match="f is not JSON but a web page, saved in its place; restore"):
+            parse_json(page, "f")
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"", "it is empty"),
+        (bytes(200), "begins with zeros"),
+        (b"\n<html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_binary_file(head: bytes, says: str) -> None:
+    with pytest.raises(EmulusError, match=says):
+        check_not_placeholder(head, Path("it.bin"))
+    check_not_placeholder(b"\x10" + bytes(7) + b"{}", Path("it.bin"))
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[" * 2000, "[" * 200_000, "9" * 5000, '{"a":}', b"\xff", "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1)],
+    [
+        "",
+        "\0\0",
+        "{",
+        "[" * 2000,
+        "[" * 200_000,
+        "9" * 5000,
+        '{"a":}',
+        b"\xff",
+        "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+    ],
 )
 def test_bad_json_is_one_line(text: str | bytes) -> None:
     with pytest.raises(EmulusError, match=r"^f\.json .*restore it") as caught:
@@ -72,13 +103,19 @@ ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+MERGES = "a: &a {k0: 1, k1: 1, k2: 1}\n" + "".join(
+    f"{after}: &{after} {{<<: [{', '.join([f'*{before}'] * 9)}], {after}0: 1}}\n"
+    for before, after in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "out: 2001-01-01T99:99:99Z", "out: 2001-01-01", "!!bool x", "!!int ''", "!!int x", "!!float x", "!!timestamp x",
         "!!binary x", "!!set {a}", "!!python/object:os.system x", "[" * 3000, "a: " + "9" * 5000, "? [a]\n: b", "1: 2",
         "&a [*a]", "a: [", "\x00", "%YAML 9.9\n---\na", "!!omap x", "!!merge x", "<<: 3", ALIASES, "- " * 200,
-        "a" * 2**19,
+        "a" * 2**19, "a: 0x" + "f" * 10_000, "a: " + "1:" * 50_000 + "1.5", "a: " + "1:" * 100_000 + "1",
     ],
 )  # fmt: skip
 def test_bad_yaml_is_one_line(text: str) -> None:
@@ -86,6 +123,18 @@ def test_bad_yaml_is_one_line(text: str) -> None:
         parse_yaml(text, "f.yaml")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_yaml_that_merges_merges_is_bounded() -> None:
+    """Older versions of PyYAML copy every field of every alias, 9 ** 10 here; newer ones copy each once."""
+    with contextlib.suppress(EmulusError):
+        assert all(len(fields) < 20 for fields in parse_yaml(MERGES, "f.yaml").values())
+
+
+def test_yaml_merges_what_is_small() -> None:
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: [*a, {z: 4}]}"
+    expected = {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2, "z": 4}}
+    assert parse_yaml(text, "f") == expected
 
 
 def test_yaml_reads_numbers_as_json_does() -> None:

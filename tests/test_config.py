@@ -63,12 +63,37 @@ def test_a_missing_file() -> None:
         from_flags(TrainConfig(), ["--config"], program="test")
 
 
-def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        from_flags(TrainConfig(), ["--learning-rat", "1"], program="test")
-    assert caught.value.code == 2
-    assert "--learning-rate" in capsys.readouterr().err
-
-
 def test_plain_values() -> None:
     assert to_dict(recipe("demo-tiny").tokenizer)["model"]["ch_mult"] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps: 2001-01-01T99:99:99Z", "steps: !!bool x", "steps: !!int ''", "steps: !!timestamp x", "[" * 3000,
+        "steps: " + "9" * 5000, "steps: [[[]]]", "steps: {a: 1}", "steps: .nan", "learning_rate: .inf", "seed: null",
+        "? [a]\n: b", "1: 2", "é" * 100_000, "steps: &a [*a]", "x" * 2**19, "steps: \x07", "!!python/name:os.system x",
+        "stepz" * 9999 + ": 1", "schedule: " + "x" * 99_999, "steps: 1e400", "steps: 7.0", "steps: '7'",
+    ],
+)  # fmt: skip
+def test_hostile_files_get_one_short_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(EmulusError, match=r"mine\.yaml") as caught:
+        from_flags(TrainConfig(), ["--config", str(path)], program="test")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "."])
+def test_what_is_no_file(place: str) -> None:
+    with pytest.raises(EmulusError, match="it is not a regular file"):
+        read_yaml(Path(place))
+
+
+def test_a_file_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes("steps: 7 # é".encode("latin-1"))
+    with pytest.raises(EmulusError, match="is not UTF-8 text; save the file as UTF-8"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xef\xbb\xbfsteps: 7")
+    assert read_yaml(tmp_path / "b.yaml") == {"steps": 7}

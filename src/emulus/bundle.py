@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from emulus.device import pick_device
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, did_you_mean, shown
 from emulus.files import write_json
 from emulus.hub import EMU3_VISION, fetch
 from emulus.layouts import Contents, inspect_folder, read_text, with_vision
@@ -143,20 +143,22 @@ def load_bundle(
         contents = dataclasses.replace(contents, preset=preset)
     if vision is not None:
         contents = with_vision(contents, fetch(vision))
+    # Small files before large ones: what is wrong with them is said before gigabytes are read.
+    defaults, tasks = defaults_of(contents), tasks_of(contents)
+    text = read_text(contents)
     kind = pick_dtype(dtype, device, contents)
     bits = check_stored(contents.folder, contents.quantized, quantize)
     # First, so that the decoder is planned into what is left.
     paints_in = _vision_dtype(vision_dtype)
     painter = _load_vision(contents, device, paints_in)
-    text = read_text(contents)
     return Bundle(
         decoder=_load_decoder(contents, device, kind, bits, max_memory),
         vision=painter,
         text=text,
         vocabulary=contents.vocabulary,
-        defaults=defaults_of(contents),
+        defaults=defaults,
         preset=contents.preset,
-        tasks=tasks_of(contents),
+        tasks=tasks,
         source=str(path) if folder == Path(path) else f"{str(path).partition('@')[0]}@{folder.name}",
         loading={
             "dtype": str(kind).removeprefix("torch."),
@@ -175,7 +177,7 @@ def load_default_vision(bundle: Bundle, device: str = "auto") -> VisionTokenizer
         EmulusError: It cannot be had, or the bundle needs none.
     """
     if bundle.default_vision is None:
-        raise EmulusError("this model has no vision tokenizer; say where it is with vision=")
+        raise EmulusError("this model has no vision tokenizer; say where it is with vision= (--vision)")
     logger.info("%s holds no vision tokenizer: taking %s", bundle.source, bundle.default_vision)
     try:
         contents = inspect_folder(fetch(bundle.default_vision))
@@ -183,7 +185,7 @@ def load_default_vision(bundle: Bundle, device: str = "auto") -> VisionTokenizer
         raise EmulusError(f"{bundle.source} needs the vision tokenizer it was trained with: {error}") from None
     vision = _load_vision(contents, device, bundle.vision_dtype)
     if vision is None:
-        raise EmulusError(f"{bundle.default_vision} holds no vision tokenizer; say where one is with vision=")
+        raise EmulusError(f"{bundle.default_vision} holds no vision tokenizer; say where one is with vision= (--vision)")
     return vision
 
 
@@ -263,6 +265,6 @@ def pick_dtype(dtype: torch.dtype | str | None, device: str, contents: Contents)
         on_gpu = pick_device(device).type == "cuda"
         return torch.bfloat16 if on_gpu and elements >= _LARGE else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known:
-        raise EmulusError(f"unknown dtype {dtype!r}{did_you_mean(dtype, ['auto', *known])}")
+    if not isinstance(dtype, str) or dtype not in known:
+        raise EmulusError(f"unknown dtype {shown(dtype)}{did_you_mean(str(dtype), ['auto', *known])}")
     return known[dtype]

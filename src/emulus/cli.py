@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import Any, TextIO, cast
 
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, did_you_mean, one_line, shown
 
 # verb: (module of emulus.commands, function, what it does)
 VERBS = {
@@ -41,25 +44,152 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status. User errors print one line and no traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _prepare_streams()
     try:
-        return _run(words[0] if words else "help", words[1:])
+        _check_words(words)
+        _check_output()
+        with contextlib.redirect_stdout(cast(TextIO, _Output(sys.stdout))) as output:
+            status = _run(words[0] if words else "help", words[1:])
+            # What is still in the buffer may not find room: better known now than while Python ends.
+            output.flush()
+        return status
     except EmulusError as error:
-        # Of several processes each may have something else to say; that they were asked to stop is said once.
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or error.status == 1:
-            print(f"emulus{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        _complain(error, error.status)
         return error.status
     except BrokenPipeError:
-        # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has seen enough.
+        _drop_output()
         return 0
-    except OSError as error:
-        # What no part of the program expected of the disk is still the disk's doing.
-        print(f"emulus: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+    except (OSError, MemoryError, RecursionError, UnicodeError) as error:
+        _complain(_explained(error), 1)
+        return 1
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _complain(EmulusError(_OUT_OF_MEMORY), 1)
         return 1
     except KeyboardInterrupt:
         print("emulus: interrupted", file=sys.stderr)
         return 130
+
+
+_OUT_OF_MEMORY = (
+    "not enough memory; close other programs, or ask for fewer or smaller images at once or a smaller dtype"
+)
+
+
+def _prepare_streams() -> None:
+    """Nothing that is printed may fail for its letters, and no message may land in a file that is opened later."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse names that libraries and JSON cannot hold: some would fail only after hours, when they are written down.
+
+    Raises:
+        EmulusError: A word is not UTF-8.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise EmulusError(
+                f"the argument {shown(word)} is not valid UTF-8; rename that file or folder, or make a link to it "
+                "(ln -s) whose name is"
+            ) from None
+
+
+def _check_output() -> None:
+    """Refuse a closed stdout: the result would be lost, or written into whatever file is opened first.
+
+    Raises:
+        EmulusError: It is closed.
+    """
+    if sys.stdout is None:
+        raise EmulusError("could not write to standard output (it is closed); redirect it to a file or to /dev/null")
+
+
+def _explained(error: Exception) -> EmulusError:
+    """What no part of the program expected, and is still the doing of the disk, the memory or the input."""
+    if isinstance(error, MemoryError):
+        return EmulusError(_OUT_OF_MEMORY)
+    if isinstance(error, RecursionError):
+        return EmulusError("the input is nested too deeply to be read; restore it from its source")
+    if isinstance(error, UnicodeError):
+        return EmulusError(f"a text or name is not valid UTF-8 ({error}); rename or save it as UTF-8")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    name = getattr(error, "filename", None)
+    where = os.fsdecode(name) if isinstance(name, str | bytes) else "a file"
+    return EmulusError(f"{where} cannot be read or written ({reason}); {_REMEDIES.get(error.errno, _LOOK)}")  # type: ignore[attr-defined]
+
+
+_LOOK = "check that it is there, that its permissions allow it, and that the disk works"
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "the file system is read-only: name another place",
+    errno.ENOENT: "check its name",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a part of its path is a file, not a folder: name another place",
+    errno.EMFILE: "raise the number of open files (ulimit -n)",
+    errno.ELOOP: "links lead in a circle: name another place",
+}
+
+
+class _Output:
+    """Standard output, whose errors say that it is what they are about."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._explained():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._explained():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _drop_output()
+            raise EmulusError(
+                f"could not write to standard output ({error.strerror or error}); free some space, or redirect it"
+            ) from error
+
+
+def _drop_output() -> None:
+    """Let Python's last flush succeed: what is left in the buffer must not complain at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, whose errors say so in words only, found no memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _complain(error: EmulusError, status: int) -> None:
+    # Of several processes each may have something else to say; that they were asked to stop is said once.
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or status == 1:
+        process = "" if rank == "0" else f" (process {one_line(rank, 20)})"
+        print(f"emulus{process}: {error}", file=sys.stderr)
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -72,7 +202,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        raise EmulusError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
+        raise EmulusError(f"there is no verb {shown(verb)}{did_you_mean(verb, VERBS)}")
     module, function, _ = VERBS[verb]
     # Here, not at the top: `emulus --help` must be quick.
     from emulus.log import set_up_logging

@@ -30,7 +30,10 @@ MAX_YAML_BYTES = 2**18
 MAX_YAML_VALUES = 100_000
 """YAML aliases let a kilobyte stand for billions of values."""
 MAX_INTEGER = 2**63
+MAX_NUMBER = 64
+"""Characters of a number in YAML."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HTML = re.compile(rb"[\xef\xbb\xbf\s]*<(!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
 
 
 def parse_json(data: bytes | str, where: str, *, remedy: str = "restore it from its source") -> Any:
@@ -45,7 +48,7 @@ def parse_json(data: bytes | str, where: str, *, remedy: str = "restore it from 
         EmulusError: Not UTF-8, not JSON, nested deeper than :data:`MAX_DEPTH`, or a number of thousands of digits.
     """
     try:
-        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
         value = json.loads(text)
     except UnicodeDecodeError as error:
         raise EmulusError(f"{where} is not UTF-8 text (byte {error.start:,}); {remedy}") from None
@@ -53,16 +56,43 @@ def parse_json(data: bytes | str, where: str, *, remedy: str = "restore it from 
         raise EmulusError(f"{where} is nested deeper than {MAX_DEPTH} levels; {remedy}") from None
     except ValueError as error:
         # Beside JSONDecodeError: "Exceeds the limit (4300 digits) for integer string conversion".
-        reason = "it is empty" if not text.strip() else shown(error, quote=False)
+        reason = "it is empty" if not text.strip("\0 \t\r\n") else shown(error, quote=False)
+        if _HTML.match(text[:200].encode(errors="replace")):
+            raise EmulusError(f"{where} is not JSON but a web page, saved in its place; {remedy}") from None
         raise EmulusError(f"{where} is not valid JSON ({reason}); it may be truncated: {remedy}") from None
     _check_nesting(value, where, remedy=remedy)
     return value
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that also reads 1e-3 as a number, as YAML 1.2 and JSON do."""
+    """PyYAML's safe loader that also reads 1e-3 as a number, as YAML 1.2 and JSON do, and bounds merge keys."""
+
+    merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Copy in what ``<<`` names: a few lines of merges of merges stand for billions of fields."""
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                continue
+            for each in value.value if isinstance(value, yaml.SequenceNode) else (value,):
+                if isinstance(each, yaml.MappingNode):
+                    self.flatten_mapping(each)
+                    self.merged += len(each.value) + 1
+            if self.merged > MAX_YAML_VALUES:
+                raise yaml.YAMLError(f"its merge keys (<<) copy more than {MAX_YAML_VALUES:,} values")
+        super().flatten_mapping(node)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Numbers as long as numbers are: 1:1:1 is one to the base of 60, and takes time by its length squared."""
+        if len(node.value) > MAX_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters; put texts in quotes")
+        is_whole = node.tag == "tag:yaml.org,2002:int"
+        value: int | float = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        return value
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 _Loader.yaml_implicit_resolvers = {key: list(found) for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -86,8 +116,13 @@ def parse_yaml(text: str, where: str) -> Any:
     except RecursionError:
         raise EmulusError(f"{where} is nested deeper than {MAX_DEPTH} levels; write fields and values only") from None
     # Beside YAMLError, PyYAML's constructors raise whatever int(), date() and indexing raise.
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise EmulusError(f"{where} is not valid YAML: {shown(error, quote=False)}") from None
+    except yaml.YAMLError as error:
+        raise EmulusError(f"{where} is not valid YAML ({shown(error, quote=False)}); fix that line") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise EmulusError(
+            f"{where} is not valid YAML: a tag (!!) or a date has a value that it cannot have "
+            f"({shown(error, quote=False)}); write plain values, texts in quotes"
+        ) from None
     _check_nesting(value, where, most=MAX_YAML_VALUES, plain=True, remedy="write fields and values only")
     return value
 
@@ -116,6 +151,24 @@ def _check_nesting(value: Any, where: str, *, remedy: str, most: float = math.in
         if not level:
             return
     raise EmulusError(f"{where} is nested deeper than {MAX_DEPTH} levels; {remedy}")
+
+
+def check_not_placeholder(head: bytes, path: Path) -> None:
+    """Refuse what is saved in the place of a binary file when a download or clone goes wrong.
+
+    Args:
+        head: The first bytes of the file, 200 or all of them.
+        path: Names it.
+
+    Raises:
+        EmulusError: It is empty, a Git LFS pointer or a web page.
+    """
+    check_not_lfs(head, path)
+    if not head.strip(b"\0 \t\r\n"):
+        what = "it begins with zeros, as unfinished downloads do" if head else "it is empty"
+        raise EmulusError(f"{path} is damaged or truncated ({what}); fetch it again")
+    if _HTML.match(head):
+        raise EmulusError(f"{path} is a web page (a download link's answer), not the file itself; fetch it again")
 
 
 def check_not_lfs(head: bytes, path: Path) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 import yaml
 
 from emulus.codec import MAX_YAML_BYTES, as_mapping, decode, parse_yaml
 from emulus.errors import EmulusError, did_you_mean, shown
 from emulus.files import read_bytes, write_text
+from emulus.flags import parse_flags
 
 Config = TypeVar("Config")
 
@@ -76,13 +76,15 @@ def write_yaml(path: Path, config: Any) -> None:
 def from_flags(default: Config, arguments: Sequence[str], *, program: str, description: str = "") -> Config:
     """A config from a command line: ``--config FILE`` over ``default``, flags over both.
 
-    Exits with a usage message (naming the nearest flag) when a flag is unknown or malformed.
-
     Args:
         default: Usually a recipe's.
         arguments: The command line after the verb and the recipe.
         program: Shown in the help, e.g. ``emulus pretrain``.
         description: Shown in the help.
+
+    Raises:
+        UsageError: A flag is unknown or malformed; the message names the nearest.
+        EmulusError: The file is missing, or a value is out of range.
     """
     rest = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     while "--config" in rest:
@@ -93,4 +95,4 @@ def from_flags(default: Config, arguments: Sequence[str], *, program: str, descr
         default = merge(default, read_yaml(path), str(path))
         del rest[place : place + 2]
     text = f"{description} Further: --config FILE, a YAML file of these fields, which flags win over.".strip()
-    return tyro.cli(type(default), default=default, args=rest, prog=program, description=text)
+    return parse_flags(type(default), rest, program=program, default=default, description=text)

@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, shown
+
+# The flag of the commands that train is another one.
+_REMEDY = "choose cpu or cuda (--device; --train.device in training)"
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -26,10 +29,11 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EmulusError(f"no device {name!r} here ({str(error).splitlines()[0]}); use --device cpu") from None
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = shown(str(error).partition("\n")[0], quote=False)
+        raise EmulusError(f"no device {shown(name)} here ({reason}); {_REMEDY}") from None
     if device.type not in ("cpu", "cuda"):
-        raise EmulusError(f"device {name!r} is not supported (it lacks float64); use --device cpu or cuda")
+        raise EmulusError(f"device {shown(name)} is not supported (it lacks float64); {_REMEDY}")
     if device.type == "cuda":
         # Convolutions in TF32 would be "float32" of 10 bits, and move codes.
         torch.backends.cudnn.allow_tf32 = False

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-MAX_MESSAGE = 1000
+MAX_MESSAGE = 900
 """Letters of a message. What is longer loses its middle, since the remedy stands at the end."""
 MAX_SHOWN = 100
 """Letters of a value from outside that a message repeats."""
@@ -36,6 +36,12 @@ class EmulusError(Exception):
     def __str__(self) -> str:
         """The message as people see it, cleaned by :func:`one_line`."""
         return one_line(super().__str__())
+
+
+class UsageError(EmulusError):
+    """A command line that cannot be understood: an unknown flag, a value that is not of the flag's type."""
+
+    status = 2
 
 
 def one_line(text: str, most: int = MAX_MESSAGE) -> str:

@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from emulus.codec import check_not_lfs, parse_json
+from emulus.codec import as_mapping, check_not_lfs, parse_json
 from emulus.errors import EmulusError
 
 MAX_JSON_BYTES = 2**28
 """The largest tokenizer.json have some 30 MB."""
+MAX_CONFIG_BYTES = 2**25
+"""The config of a whole model of transformers holds its vocabulary, 7 MB for Emu3."""
+MAX_TEXT_VOCABULARY_BYTES = 2**27
+"""Of emu3.tiktoken and emu3_vision_tokens.txt, which have 2 and 1 MB."""
 COMPLETE = "COMPLETE"
 
 
@@ -107,13 +111,26 @@ def read_bytes(path: Path, *, most: int) -> bytes:
     return content
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, most: int = MAX_JSON_BYTES) -> Any:
     """Read JSON, strictly (see :func:`emulus.codec.parse_json`).
+
+    Args:
+        path: A regular file.
+        most: Bytes that it may have.
 
     Raises:
         EmulusError: The file is missing, too large or not valid JSON.
     """
-    return parse_json(read_bytes(path, most=MAX_JSON_BYTES), str(path))
+    return parse_json(read_bytes(path, most=most), str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size, such as ``config.json``.
+
+    Raises:
+        EmulusError: The file is missing, too large, not valid JSON or not an object.
+    """
+    return as_mapping(read_json(path, most=MAX_CONFIG_BYTES), str(path))
 
 
 @contextmanager

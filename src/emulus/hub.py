@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from emulus.errors import EmulusError, did_you_mean
-from emulus.files import disk_errors, read_json
+from emulus.codec import decode
+from emulus.errors import EmulusError, did_you_mean, one_line, shown
+from emulus.files import disk_errors, read_config
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -160,10 +161,10 @@ def _lacking(folder: Path, sizes: Mapping[str, int]) -> list[str]:
     needed = {"config.json"}
     for index in folder.rglob("*.safetensors.index.json"):
         here = index.relative_to(folder).parent
-        content = read_json(index) if index.exists() and (here / index.name).as_posix() not in lacking else None
-        weight_map = content.get("weight_map") if isinstance(content, Mapping) else None
-        shards = weight_map.values() if isinstance(weight_map, Mapping) else ()
-        needed |= {(here / str(shard)).as_posix() for shard in shards}
+        if not index.exists() or (here / index.name).as_posix() in lacking:
+            continue
+        weight_map = decode(dict[str, str] | None, read_config(index).get("weight_map"), f"{index}: weight_map")
+        needed |= {(here / shard).as_posix() for shard in set((weight_map or {}).values())}
     return sorted(lacking | {name for name in needed if _size(folder / name) is None})
 
 
@@ -185,7 +186,9 @@ class _Bar(tqdm):
     """A progress bar on a terminal, and none elsewhere."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": not sys.stderr.isatty(), "leave": False})
+        # Names of files come from the hub.
+        what = one_line(str(kwargs.get("desc") or ""), 60)
+        super().__init__(*args, **{**kwargs, "desc": what, "disable": not sys.stderr.isatty(), "leave": False})
 
 
 def _download(info: ModelInfo, repository: str, revision: str, cache: Path) -> Path:
@@ -317,8 +320,8 @@ def _reason(error: BaseException) -> str:
             return "HF_HUB_OFFLINE keeps it off the network"
         case HfHubHTTPError():
             return f"the hub answers {error.response.status_code}"
-    words = " ".join(str(error).split()) or type(error).__name__
-    return f"the connection to the hub fails ({words})"
+    words = str(error).strip() or type(error).__name__
+    return f"the connection to the hub fails ({shown(words, quote=False)})"
 
 
 def _listing(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from emulus.device import pick_device
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, shown
 from emulus.model.config import DecoderConfig
 from emulus.model.quantize import HEAD, Quantization, check_kind, kind_of, quantized_bytes
 from emulus.model.weights import expected_shapes
@@ -117,7 +117,7 @@ def plan(
             pick_device(device)
         room: Room = free_memory()
     else:
-        room = {_device(name): size for name, size in max_memory.items()}
+        room = {_device(name): _bytes(name, size) for name, size in max_memory.items()}
     if device != "auto" and _device(device) not in room:
         raise EmulusError(f"nothing may lie on {device}: memory is granted on {', '.join(map(str, room))} only")
     allowed = room if device == "auto" else {_device(device): room[_device(device)]}
@@ -296,11 +296,17 @@ def _smaller(wish: _Wish) -> Iterator[_Wish]:
 
 def _device(name: str) -> torch.device:
     """The device called ``name``, always with a GPU's number."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise EmulusError(f"{name!r} is no device that can be planned for; choose auto, cpu, cuda or cuda:N")
+    if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise EmulusError(f"{shown(name)} is no device that can be planned for; choose auto, cpu, cuda or cuda:N")
     if name != "cuda":
         return torch.device(name)
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+def _bytes(name: str, size: object) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise EmulusError(f"max_memory of {name} must be a whole number of bytes, got {shown(size)}")
+    return size
 
 
 def _free_host_memory() -> Iterator[int]:

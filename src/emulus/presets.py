@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from emulus.config import merge
 from emulus.errors import EmulusError, at_least, did_you_mean
+from emulus.foreign import SILENT_IN_GENERATION
 from emulus.media import generation_size
 from emulus.sequence import EMU3, EMU3_5, EMU3_BASE, NATIVE, SequenceLayout, Wording
 
@@ -129,7 +130,7 @@ def defaults_of(contents: Contents) -> GenerationDefaults:
     """
     preset = preset_called(contents.preset).defaults
     if contents.layout == "emulus":
-        own = {key: value for key, value in contents.generation.items() if key != "preset"}
+        own = {key: it for key, it in contents.generation.items() if key not in {"preset", *SILENT_IN_GENERATION}}
         return merge(preset, own, str(contents.folder / "generation_config.json"))
     changes: dict[str, Any] = {}
     area = contents.image_area or (_BASE_AREA if contents.preset == "emu3-base" else None)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, shown
 from emulus.files import write_file, write_json
 from emulus.weights import INDEX, WEIGHTS, Stored, Tensors, read_pieces
 
@@ -67,7 +67,9 @@ def dtypes_of(tensors: Tensors) -> dict[str, torch.dtype]:
                     if stored.file == path
                 }
         except (SafetensorError, OSError) as error:
-            raise EmulusError(f"{path} is damaged or truncated ({error}); restore it from its source") from None
+            raise EmulusError(
+                f"{path} is damaged or truncated ({shown(error, quote=False)}); restore it from its source"
+            ) from None
         for name, kind in names.items():
             if kind not in _DTYPES:
                 raise EmulusError(f"{path} holds {name} as {kind}, which is not read; give unquantised weights")

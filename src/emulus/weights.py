@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from emulus.errors import EmulusError
-from emulus.files import disk_errors, read_json, write_file
+from emulus.codec import check_not_placeholder, decode
+from emulus.errors import EmulusError, shown
+from emulus.files import disk_errors, read_config, write_file
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Left by downloads that did not end: those of huggingface_hub into a folder of one's own, of browsers, aria2 and wget.
+_UNFINISHED = (".cache/huggingface/download/*.incomplete", "*.incomplete", "*.crdownload", "*.part", "*.aria2")
+_MAX_TENSORS = 2**17
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -94,18 +98,21 @@ def find_model(path: Path) -> Path:
     Raises:
         EmulusError: There is none.
     """
-    if path.is_file():
-        raise EmulusError(f"{path} is a file; give the folder of a model")
-    if not path.is_dir():
-        folders = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, folders, n=1)
-        hint = f"; did you mean {path.parent / close[0]}?" if close else "; train a model, or say where one is"
-        raise EmulusError(f"there is no folder {path}{hint}")
-    if (path / "config.json").exists():
-        return path
-    steps = sorted(path.glob("checkpoints/step-*/COMPLETE"))
+    try:
+        if path.is_file():
+            raise EmulusError(f"{path} is a file; give the folder of a model")
+        if not path.is_dir():
+            folders = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+            close = difflib.get_close_matches(path.name, folders, n=1)
+            hint = f"; did you mean {path.parent / close[0]}?" if close else "; train a model, or say where one is"
+            raise EmulusError(f"there is no folder {path}{hint}")
+        if (path / CONFIG).exists():
+            return path
+        steps = sorted(path.glob("checkpoints/step-*/COMPLETE"))
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be opened ({error.strerror}); give the folder of a model") from None
     if not steps:
-        raise EmulusError(f"{path} holds no model (no config.json) and no finished checkpoint")
+        raise EmulusError(f"{path} holds no model (no config.json) and no finished checkpoint{_unfinished(path)}")
     return steps[-1].parent / "model"
 
 
@@ -133,9 +140,9 @@ def find_tensors(folder: Path) -> Tensors:
     if pickles:
         raise EmulusError(
             f"{folder} holds {pickles[0]}, a pickle, which could run code and is not read; "
-            "convert it to safetensors first"
+            "convert it to safetensors first: transformers writes it with save_pretrained"
         )
-    raise EmulusError(f"{folder} holds no {WEIGHTS}; is it a model's folder?")
+    raise EmulusError(f"{folder} holds no {WEIGHTS}{_unfinished(folder) or '; is it the folder of a model?'}")
 
 
 def rename(tensors: Tensors, new_name: Callable[[str], str | None]) -> Tensors:
@@ -174,7 +181,7 @@ def check_shapes(folder: Path, wanted: Shapes, tensors: Tensors) -> None:
     )
     parts = [_listing(kind, names) for kind, names in differences if names]
     if parts:
-        raise EmulusError(f"{folder}: the shapes of the weights are not those of its {CONFIG}: {'; '.join(parts)}")
+        raise EmulusError(f"{folder}: the shapes of the weights are not those of its {CONFIG}: {'; '.join(parts)}; fetch both again")
 
 
 def fill(
@@ -198,8 +205,12 @@ def fill(
     for name, stored in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        shape = getattr(owner, leaf).shape
-        tensor = read_tensor(stored, dtype=dtype, device=place(device, name)).view(shape)
+        wanted = getattr(owner, leaf)
+        tensor = read_tensor(stored, dtype=dtype, device=place(device, name)).view(wanted.shape)
+        if tensor.is_floating_point() != wanted.is_floating_point():
+            raise EmulusError(
+                f"{stored.file}: {stored.name} is of {tensor.dtype}, not {wanted.dtype}; restore the file"
+            )
         setattr(owner, leaf, tensor if leaf in owner._buffers else nn.Parameter(tensor, tensor.is_floating_point()))
 
 
@@ -250,34 +261,60 @@ def read_pieces(stored: Stored, most_bytes: int = 4 * 2**20) -> Iterator[tuple[i
         for start in range(0, stored.shape[0], step):
             with safe_open(stored.file, framework="pt") as file:
                 yield start, file.get_slice(stored.name)[start : start + step]
-    except (SafetensorError, OSError) as error:
+    # Of types that torch does not have, or cannot slice.
+    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(stored.file, error) from None
 
 
 def _indexed(path: Path) -> dict[str, str]:
     """Tensor to file, as an index says, once every file is there."""
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
-    if not isinstance(weight_map, Mapping) or not weight_map:
+    found = decode(dict[str, str] | None, read_config(path).get("weight_map"), f"{path}: weight_map")
+    weight_map: dict[str, str] = found or {}
+    if not weight_map:
         raise EmulusError(f"{path} has no weight_map; restore it from its source")
-    for name in sorted({str(name) for name in weight_map.values()}):
+    for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise EmulusError(f"{path} points at {name!r}, which is not a .safetensors file beside it; it is not read")
+            raise EmulusError(
+                f"{path} points at {shown(name)}, which is not a .safetensors file beside it; it is not read"
+            )
         if not (path.parent / name).exists():
-            raise EmulusError(f"{path.parent / name} is missing; fetch the shard that {path.name} lists")
-    return {str(tensor): str(name) for tensor, name in weight_map.items()}
+            rest = _unfinished(path.parent) or f"; fetch the shard that {path.name} lists"
+            raise EmulusError(f"{path.parent / name} is missing{rest}")
+    return weight_map
 
 
 def _headers(paths: Iterable[Path]) -> Tensors:
     tensors: Tensors = {}
     for path in paths:
+        _check_file(path)
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
+                names = file.keys()
+                if len(names) > _MAX_TENSORS:
+                    raise EmulusError(f"{path} claims {len(names):,} tensors, and {_MAX_TENSORS:,} are read at most")
+                for name in names:
                     tensors[name] = Stored(file=path, name=name, shape=tuple(file.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
     return tensors
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is not a file of tensors at all: a pipe never ends, and a pointer or web page deserves its name."""
+    try:
+        if not path.is_file():
+            raise EmulusError(f"{path} is not a regular file; restore it from its source")
+        with path.open("rb") as file:
+            head = file.read(200)
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
+    check_not_placeholder(head, path)
+
+
+def _unfinished(folder: Path) -> str:
+    """Says so if a download into a folder did not end."""
+    found = next((path for pattern in _UNFINISHED for path in folder.glob(pattern)), None)
+    return "" if found is None else f": its download has not finished ({found.name}); run the same download again"
 
 
 def _file_name(stored: Stored | None) -> str | None:
@@ -290,8 +327,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _damaged(path: Path, error: Exception) -> EmulusError:
-    reason = " ".join(str(error).split())
-    return EmulusError(f"{path} is damaged or truncated ({reason}); restore it from its source")
+    return EmulusError(f"{path} is damaged or truncated ({shown(error, quote=False)}); restore it from its source")
 
 
 def _listing(kind: str, names: Sequence[str]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,3 +163,38 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(EmulusError, match="no training pictures"):
         DualObjective(config(tmp_path, tmp_path / "run", 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": []},
+        {"widths": [1]},
+        {"widths": [8] * 3000},
+        {"widths": [[8]]},
+        {"widths": [8.0]},
+        {"widths": 8},
+        {"widths": [10**9, 16]},
+        {"blocks": 10**7},
+        {"blocks": True},
+        {"dimensions": 2**63},
+        {"dimensions": 10**400},
+        {"buckets": "256"},
+        {"hidden": 0},
+        {"piece_width": None},
+        {"longest": 2},
+        {"longest": 10**9},
+        {"size": 4},
+        {"size": 10**9},
+        {"sise": 16},
+        {"model_type": ["emulus-dual"]},
+    ],
+)
+def test_a_hostile_config_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    DualEncoder(SMALL).save(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(EmulusError) as caught:
+        DualEncoder.load(tmp_path)
+    assert len(str(caught.value)) < 500

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from emulus.errors import EmulusError
 from emulus.layouts import inspect_folder, read_text
-from emulus.model import Decoder, save_decoder, sized
+from emulus.model import Decoder, load_decoder, save_decoder, sized
+from emulus.presets import defaults_of
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision.weights import save_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
@@ -171,7 +174,7 @@ def add_lines(folder: Path, text: str) -> None:
         (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "00001-of-00002.safetensors is missing"),
         (lambda f: edit(f / "config.json", {"model_type": "llama"}), "of a model of type 'llama'; Emulus reads"),
         (lambda f: edit(f / "config.json", {}, drop=("model_type",)), "of type None"),
-        (lambda f: (f / "config.json").write_text("[]"), "holds no keys and values"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds a list, not fields"),
         (lambda f: edit(f / "config.json", {"hidden_size": 64}), "mis-shaped"),
         (lambda f: edit(f / "config.json", {"vocab_siz": 5}), "did you mean 'vocab_size'"),
         (lambda f: edit(f / "config.json", {"quantization_config": {}}), "quantization_config"),
@@ -181,7 +184,7 @@ def add_lines(folder: Path, text: str) -> None:
         (lambda f: add_lines(f, "rubbish"), "emu3_vision_tokens.txt: line 68 is 'rubbish'"),
         (lambda f: add_lines(f, "<|visual token 000064|>\n"), "knows 575 ids but the vocabulary has 576"),
         (lambda f: (f / "emu3_vision_tokens.txt").write_bytes(b"\xff\xfe"), "is not text"),
-        (lambda f: (f / "generation_config.json").write_text("[1]"), "generation_config.json holds no keys"),
+        (lambda f: (f / "generation_config.json").write_text("[1]"), "generation_config.json holds a list"),
     ],
 )
 def test_every_fault_is_one_line(released: Path, spoil: Callable[[Path], object], says: str) -> None:
@@ -224,7 +227,7 @@ def drop_from_map(folder: Path) -> None:
         (lambda f: edit(f / "config.json", {"text_config": {}}), "mis-shaped"),
         (lambda f: edit(f / "config.json", {"quantization_config": {}}), "quantization_config"),
         (lambda f: edit(f / "config.json", {"vq_config": {"double_latent": True}}), "double_z"),
-        (lambda f: edit(f / "config.json", {"vq_config": {"num_attention_heads": 2}}), "several attention heads"),
+        (lambda f: edit(f / "config.json", {"vq_config": {"num_attention_heads": 2}}), "num_attention_heads is 2 but"),
         (lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {}}}'), r"no <\|endoftext\|>"),
         (lambda f: (f / "tokenizer.json").write_text('{"added_tokens": [{"content": "x"}]}'), "whole numbers"),
         (lambda f: (f / "tokenizer.json").write_text("nonsense"), "not valid JSON"),
@@ -238,3 +241,143 @@ def test_every_fault_of_theirs_is_one_line(
     with pytest.raises(EmulusError, match=says) as caught:
         read_text(inspect_folder(folder))
     assert "\n" not in str(caught.value)
+
+
+def restore(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Write the tensors of a sharded folder again, as one file."""
+    tensors: dict[str, Tensor] = {}
+    for shard in folder.glob("model*"):
+        tensors |= load_file(shard) if shard.suffix == ".safetensors" else {}
+        shard.unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_stored_wave_lengths_are_passed_over(released: Path, emu3: Any) -> None:
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+        tensors["model.rotary_emb.inv_freq"] = torch.rand(4)
+
+    restore(released, add)
+    assert equal(inspect_folder(released).decoder_tensors, emu3.decoder.state_dict())
+
+
+def test_a_stored_head_beside_a_tied_embedding(released: Path) -> None:
+    """It is passed over where it says the same, and refused where it does not, with a remedy that works."""
+    edit(released / "config.json", {"tie_word_embeddings": True})
+
+    def tie(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def differ(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] += 1e-3
+
+    restore(released, tie)
+    found = inspect_folder(released)
+    assert "lm_head.weight" not in found.decoder_tensors
+    decoder = load_decoder(released)
+    assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
+    restore(released, differ)
+    for read in (inspect_folder, load_decoder):
+        with pytest.raises(EmulusError, match="set tie_word_embeddings to false"):
+            read(released)
+    edit(released / "config.json", {"tie_word_embeddings": False})
+    assert "lm_head.weight" in inspect_folder(released).decoder_tensors
+
+
+def test_files_saved_by_windows_editors(released: Path, emu3: Any) -> None:
+    """With a byte order mark, and lines that end in CRLF."""
+    for path in (released / "config.json", released / "generation_config.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    for path in (released / "emu3.tiktoken", released / "emu3_vision_tokens.txt"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    found = inspect_folder(released)
+    assert found.vocabulary == emu3.vocabulary
+    assert read_text(found) is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "emu3.tiktoken",
+        "emu3_vision_tokens.txt",
+        "model-00001-of-00002.safetensors",
+    ],
+)
+@pytest.mark.parametrize("spoil", ["pointer", "folder", "pipe", "brackets", "digits", "huge"])
+def test_files_that_are_something_else(released: Path, name: str, spoil: str) -> None:
+    path = released / name
+    path.unlink()
+    if spoil == "folder":
+        path.mkdir()
+    elif spoil == "pipe":
+        os.mkfifo(path)
+    elif spoil == "huge":
+        with path.open("wb") as file:
+            file.truncate(2**40)  # takes no room
+    else:
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+        path.write_text({"pointer": pointer, "brackets": "[" * 100_000, "digits": "9" * 5000}[spoil])
+    # Of one line of rubbish as the text vocabulary it is first seen that there are too few ids.
+    says = "different models" if name == "emu3.tiktoken" and spoil in ("brackets", "digits") else re.escape(name)
+    with pytest.raises(EmulusError, match=says) as caught:
+        read_text(inspect_folder(released))
+    assert ("Git LFS pointer" in str(caught.value)) == (spoil == "pointer")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_sample": "yes"},
+        {"top_k": 2.5},
+        {"top_k": [1]},
+        {"top_p": "x"},
+        {"temperature": True},
+        {"temperature": 10**400},
+    ],
+)
+def test_a_wrong_generation_config_is_one_line(released: Path, change: dict[str, Any]) -> None:
+    edit(released / "generation_config.json", {"do_sample": True, **change})
+    with pytest.raises(EmulusError, match=rf"generation_config\.json: {next(iter(change))} must be"):
+        defaults_of(inspect_folder(released))
+
+
+def test_keys_of_others_in_our_own_generation_config(tiny: Any, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "it")
+    path = tmp_path / "it" / "generation_config.json"
+    edit(path, {"_from_model_config": True, "transformers_version": "5", "max_length": 20, "bos_token_id": 1})
+    assert defaults_of(inspect_folder(tmp_path / "it")) == tiny.defaults
+    edit(path, {"hieght": 3})
+    with pytest.raises(EmulusError, match="did you mean 'height'"):
+        defaults_of(inspect_folder(tmp_path / "it"))
+    edit(path, {"preset": ["emu3"]}, drop=("hieght",))
+    with pytest.raises(EmulusError, match=r"generation_config\.json: preset must be a text"):
+        inspect_folder(tmp_path / "it")
+
+
+@pytest.mark.parametrize("kind", ["Emu3ForConditionalGeneration", "Emu3ForCausalLM", "Emu3VQVAE"])
+def test_every_key_that_transformers_can_write(save_theirs: Callable[..., tuple[Path, Any]], kind: str) -> None:
+    folder, theirs = save_theirs(kind)
+    before = inspect_folder(folder)
+    written = json.loads((folder / "config.json").read_text())
+    whole = json.loads(theirs.config.to_json_string(use_diff=False))
+    for part in ("text_config", "vq_config"):
+        if part in written:
+            written[part] |= {key: value for key, value in whole[part].items() if key not in written[part]}
+    (folder / "config.json").write_text(json.dumps(whole | written))
+    assert inspect_folder(folder) == before
+
+
+@pytest.mark.parametrize("part", ["text_config", "vq_config", None])
+def test_keys_that_change_the_maths_are_refused_wherever_they_are(
+    save_theirs: Callable[..., tuple[Path, Any]], part: str | None
+) -> None:
+    folder, _ = save_theirs()
+    values = json.loads((folder / "config.json").read_text())
+    (values[part] if part else values)["sliding_window"] = 7
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(EmulusError, match="sliding_window is 7"):
+        inspect_folder(folder)

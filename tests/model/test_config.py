@@ -97,5 +97,5 @@ def test_refuses_unknown_size_and_missing_vocabulary() -> None:
         sized("tiny")
     with pytest.raises(EmulusError, match="lacks hidden_size"):
         DecoderConfig.from_dict({"vocab_size": 3, "model_type": "bert"})
-    with pytest.raises(EmulusError, match="not a JSON object"):
+    with pytest.raises(EmulusError, match="holds a list, not fields"):
         DecoderConfig.from_dict([1])  # type: ignore[arg-type]

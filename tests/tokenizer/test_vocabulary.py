@@ -119,17 +119,22 @@ def test_save_and_load(tmp_path: Path) -> None:
         ({"action_start": 373}, "overlap"),
         ({"action_size": 0}, "specials must be"),
         ({"visual_size": 0}, "whole numbers"),
-        ({"visual_size": "64"}, "whole numbers"),
+        ({"visual_size": "64"}, "visual_size must be a whole number"),
         ({"text_size": -1}, "whole numbers"),
         ({"specials": NATIVE.specials | {"eol": NATIVE.eof}}, "share an id"),
         ({"specials": NATIVE.specials | {"eol": 5}}, "name the id of every role"),
-        ({"specials": NATIVE.specials | {"eol": []}}, "tables of ids"),
-        ({"specials": [1, 2]}, "tables of ids"),
+        ({"specials": NATIVE.specials | {"eol": []}}, "eol must be a whole number"),
+        ({"specials": [1, 2]}, "specials holds a list"),
         ({"specials": {"pad": 300}}, "specials must be"),
         ({"special_names": {"row end": 300}}, "must name the id"),
         ({"special_names": NATIVE.to_dict()["special_names"] | {"plain": 400}}, "must look like"),
         ({"special_names": NATIVE.to_dict()["special_names"] | {"<|visual token 000001|>": 400}}, "must look like"),
-        ({"surprise": 1}, "exactly the keys"),
+        ({"visual_size": 2**24}, "whole numbers below"),
+        ({"visual_start": 2**64}, "must be a whole number"),
+        ({"text_size": True}, "must be a whole number"),
+        ({"special_names": {"<|x|>" * 9999: 3.5}}, "must be a whole number"),
+        ({"specials": NATIVE.specials | {"eol" * 9999: 400}}, "specials must be"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
     ],
 )
 def test_a_table_that_does_not_fit_together_is_refused(change: dict[str, object], says: str) -> None:
@@ -140,7 +145,7 @@ def test_a_table_that_does_not_fit_together_is_refused(change: dict[str, object]
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.json"
     path.write_text("[1, 2]")
-    with pytest.raises(EmulusError, match=r"vocabulary\.json.*exactly the keys"):
+    with pytest.raises(EmulusError, match=r"vocabulary\.json holds a list"):
         Vocabulary.load(path)
 
 

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, shown
+from emulus.flags import parse_flags
 from emulus.hub import fetch
 from emulus.layouts.conversion import convert as convert_folder
 
+_LONGEST = 40
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -44,7 +46,7 @@ class ConvertOptions:
 
 def convert(arguments: Sequence[str]) -> None:
     """``emulus convert SRC DST --to released|transformers|emulus``."""
-    options = tyro.cli(ConvertOptions, args=list(arguments), prog="emulus convert")
+    options = parse_flags(ConvertOptions, arguments, program="emulus convert")
     done = convert_folder(
         fetch(options.src),
         options.dst,
@@ -65,6 +67,6 @@ def parse_bytes(text: str) -> int:
         EmulusError: It is not one.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if not match or match[2] not in _UNITS:
-        raise EmulusError(f"{text!r} is not a size; write it like 5GB or 500MB")
+    if not match or match[2] not in _UNITS or len(text) > _LONGEST:
+        raise EmulusError(f"{shown(text)} is not a size; write it like 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])

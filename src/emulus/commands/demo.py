@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from emulus.commands.shipped import MODEL, shipped
 from emulus.data.source import Source, even, open_source
 from emulus.data.tokenize import tokenize
@@ -31,6 +29,7 @@ from emulus.evaluate import (
 )
 from emulus.evaluate.asking import Shown
 from emulus.evaluate.evaluate import REPORT_FILE
+from emulus.flags import parse_flags
 from emulus.loading import load
 from emulus.log import logger
 from emulus.pipeline import Emulus
@@ -68,7 +67,7 @@ class DemoOptions:
 
 def demo(arguments: Sequence[str]) -> None:
     """``emulus demo``."""
-    options = tyro.cli(DemoOptions, args=list(arguments), prog="emulus demo")
+    options = parse_flags(DemoOptions, arguments, program="emulus demo")
     if options.model == MODEL:
         options = dataclasses.replace(options, model=shipped(MODEL, "--model"))
     if options.data == DATA:

@@ -13,6 +13,7 @@ import tyro
 import emulus
 from emulus.commands.shipped import MODEL, shipped
 from emulus.errors import EmulusError
+from emulus.flags import parse_flags
 from emulus.log import logger
 from emulus.media import check_writable, write_image, write_video
 from emulus.media.image import WRITABLE
@@ -335,7 +336,7 @@ def _values(options: object, names: Sequence[str]) -> dict[str, Any]:
 def _parse(kind: type[Options], arguments: Sequence[str], program: str) -> Options:
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     positional = next(field.name for field in fields if "Positional" in str(field.type))
-    options = tyro.cli(kind, args=list(arguments), prog=program) if arguments else None
+    options = parse_flags(kind, arguments, program=program) if arguments else None
     # Several words may also be none for the parser.
     if options is None or getattr(options, positional) == ():
         needed = {"words": "file and a question"}.get(positional, positional)

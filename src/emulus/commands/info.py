@@ -19,7 +19,8 @@ import yaml
 from emulus.config import to_dict
 from emulus.data.source import Source, open_source
 from emulus.data.tokens import SETTINGS, Tokens
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, did_you_mean, shown
+from emulus.flags import parse_flags
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder
 from emulus.model import SIZES
@@ -51,14 +52,14 @@ class InfoOptions:
 
 def info(arguments: Sequence[str]) -> None:
     """``emulus info [PATH | RECIPE] [--json]``."""
-    options = tyro.cli(InfoOptions, args=list(arguments), prog="emulus info")
+    options = parse_flags(InfoOptions, arguments, program="emulus info")
     if options.sizes:
         found: dict[str, Any] = {"sizes": {name: dict(size) for name, size in SIZES.items()}, "recipes": list(RECIPES)}
     elif options.path in RECIPES:
         about = {"about": f"{inspect.getdoc(RECIPES[options.path])}\n"}
         found = about | to_dict(recipe(options.path))
     elif "/" not in options.path and not Path(options.path).exists():
-        raise EmulusError(f"{options.path!r} is neither a folder nor a recipe{did_you_mean(options.path, RECIPES)}")
+        raise EmulusError(f"{shown(options.path)} is neither a folder nor a recipe{did_you_mean(options.path, RECIPES)}")
     elif (Path(options.path) / SETTINGS).exists():
         found = describe_tokens(Tokens.open(Path(options.path)), check=options.check)
     else:

@@ -15,7 +15,8 @@ from emulus.bundle import Bundle, pick_dtype, save_bundle
 from emulus.data.mixture import Mixture
 from emulus.data.tokens import Tokens, vision_digest
 from emulus.errors import EmulusError, at_least
-from emulus.files import COMPLETE, new_folder, read_json, write_json
+from emulus.files import COMPLETE, new_folder, read_config, write_json
+from emulus.flags import parse_flags
 from emulus.hub import fetch
 from emulus.layouts import Contents, inspect_folder, read_text, with_vision
 from emulus.layouts.conversion import check_free
@@ -59,7 +60,7 @@ class QuantizeOptions:
 
 def quantize(arguments: Sequence[str]) -> None:
     """``emulus quantize MODEL OUT --to int8|int4|fp8 [--calibrate TOKENS]``."""
-    options = tyro.cli(QuantizeOptions, args=list(arguments), prog="emulus quantize")
+    options = parse_flags(QuantizeOptions, arguments, program="emulus quantize")
     quantize_folder(
         fetch(options.model),
         options.out,
@@ -198,6 +199,6 @@ def _check_same_model(bundle: Bundle, tokens: Tokens) -> None:
 
 def _note(path: Path, **calibrated: int) -> None:
     """Keep in the config what a decoder was calibrated on."""
-    values: dict[str, Any] = read_json(path)
+    values: dict[str, Any] = read_config(path)
     values[QUANTIZATION] |= {"calibrated": calibrated}
     write_json(path, values)

@@ -11,6 +11,7 @@ import tyro
 
 from emulus.evaluate.report import write_report
 from emulus.evaluate.run_report import run_report
+from emulus.flags import parse_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class ReportOptions:
 
 def report(arguments: Sequence[str]) -> None:
     """``emulus report RUN [--out FILE]``: prints the page's path."""
-    options = tyro.cli(ReportOptions, args=list(arguments), prog="emulus report")
+    options = parse_flags(ReportOptions, arguments, program="emulus report")
     out = options.out or options.run / "report.html"
     write_report(run_report(options.run), out)
     print(out)

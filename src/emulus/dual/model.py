@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from emulus.config import merge
-from emulus.errors import EmulusError, at_least
-from emulus.files import read_json, write_json
+from emulus.codec import decode_fields
+from emulus.errors import EmulusError, shown
+from emulus.files import read_config, write_json
 from emulus.weights import CONFIG, WEIGHTS, check_shapes, fill, find_model, find_tensors, on_meta, save_tensors
 
 KIND = "emulus-dual"
@@ -53,10 +53,32 @@ class DualConfig:
     longest: int = 5
 
     def __post_init__(self) -> None:
-        at_least(1, blocks=self.blocks, dimensions=self.dimensions, buckets=self.buckets, shortest=self.shortest)
-        at_least(1, piece_width=self.piece_width, hidden=self.hidden, stages=len(self.widths), width=min(self.widths))
-        at_least(self.shortest, longest=self.longest)
-        at_least(4 * 2 ** (len(self.widths) - 1), size=self.size)
+        for name, (least, most) in _BOUNDS.items():
+            _check_whole(name, getattr(self, name), least, most)
+        if not 1 <= len(self.widths) <= _MOST_STAGES:
+            raise EmulusError(f"widths must be 1 to {_MOST_STAGES} whole numbers, got {len(self.widths)}")
+        for width in self.widths:
+            # The first stage begins with half its width.
+            _check_whole("widths", width, 2, 4096)
+        _check_whole("longest", self.longest, self.shortest, 64)
+        _check_whole("size", self.size, 4 * 2 ** (len(self.widths) - 1), 4096)
+
+
+# Sizes beyond these are damaged or hostile, and refused before anything is built from them.
+_MOST_STAGES = 8
+_BOUNDS = {
+    "blocks": (1, 64),
+    "dimensions": (1, 2**14),
+    "buckets": (1, 2**24),
+    "piece_width": (1, 2**14),
+    "hidden": (1, 2**14),
+    "shortest": (1, 64),
+}
+
+
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise EmulusError(f"{name} must be a whole number from {least} to {most}, got {shown(value)}")
 
 
 class DualEncoder(nn.Module):
@@ -87,10 +109,10 @@ class DualEncoder(nn.Module):
             EmulusError: A file is missing or damaged, or holds something else.
         """
         folder = find_model(Path(folder))
-        values = read_json(folder / CONFIG)
-        if not isinstance(values, dict) or values.pop("model_type", None) != KIND:
+        values = read_config(folder / CONFIG)
+        if values.pop("model_type", None) != KIND:
             raise EmulusError(f"{folder} holds no dual encoder; train one with emulus dual-train")
-        config = merge(DualConfig(), values, str(folder / CONFIG))
+        config = decode_fields(DualConfig, values, str(folder / CONFIG))
         model = on_meta(lambda: cls(config))
         tensors = find_tensors(folder)
         check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, tensors)

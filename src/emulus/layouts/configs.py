@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from emulus.errors import EmulusError
+from emulus.codec import as_mapping, decode
+from emulus.errors import EmulusError, shown
+from emulus.foreign import own_values
 from emulus.model.config import SIZES, DecoderConfig
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 
@@ -14,9 +17,6 @@ RELEASED_DECODER = "Emu3"
 # What config.json calls the special ids, by role.
 ROLE_KEYS = {role: f"{role}_token_id" for role in ("pad", "bos", "eos", "img", "boi", "eoi", "eol", "eof")}
 
-_MATHS = frozenset(field.name for field in dataclasses.fields(DecoderConfig)) - {"qk_norm"} | {
-    "rope_parameters", "rope_scaling", "hidden_act", "attention_bias", "mlp_bias", "quantization_config",
-}  # fmt: skip
 # A vision tokenizer's fields under transformers' names.
 _VISION_KEYS = {
     "codebook_size": "codebook_size",
@@ -31,11 +31,16 @@ _VISION_KEYS = {
     "num_res_blocks": "num_res_blocks",
     "attn_resolutions": "attn_resolutions",
 }
+# Of their class; the width is that of the last level, and dropout matters in training alone.
+_VISION_SILENT = ("hidden_size", "attention_dropout", "initializer_range")
+WHOLE_KEYS = ("text_config", "vq_config", "vocabulary_map", "tie_word_embeddings")
+"""What is read of the config of a whole model of transformers."""
 
 
 def role_ids(values: Mapping[str, Any]) -> dict[str, int]:
     """The special ids that a released ``config.json`` names, by role."""
-    return {role: values[key] for role, key in ROLE_KEYS.items() if isinstance(values.get(key), int)}
+    ids = ((role, values.get(key)) for role, key in ROLE_KEYS.items())
+    return {role: id for role, id in ids if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31}
 
 
 def decoder_from_released(values: Mapping[str, Any], *, qk_norm: bool) -> DecoderConfig:
@@ -97,15 +102,7 @@ def decoder_from_transformers(values: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         EmulusError: A value asks for other maths than this decoder's.
     """
-    chosen = {key: value for key, value in values.items() if key in _MATHS}
-    scaling = chosen.pop("rope_scaling", None)
-    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) != "default":
-        raise EmulusError(f"decoder config: rope_scaling {dict(scaling)!r} is not supported")
-    if chosen.get("rope_parameters", ...) is None:
-        del chosen["rope_parameters"]
-    if chosen.get("num_key_value_heads", ...) is None:
-        chosen["num_key_value_heads"] = chosen.get("num_attention_heads", SIZES["emu3-8b"]["num_attention_heads"])
-    return DecoderConfig.from_dict({**SIZES["emu3-8b"], **chosen})
+    return DecoderConfig.from_dict({**SIZES["emu3-8b"], **as_mapping(values, "decoder config")})
 
 
 def decoder_to_transformers(config: DecoderConfig, ids: Mapping[str, int]) -> dict[str, Any]:
@@ -139,11 +136,21 @@ def vision_from_transformers_config(values: Mapping[str, Any]) -> VisionTokenize
     Raises:
         EmulusError: A value asks for another network than this vision tokenizer.
     """
-    chosen = {ours: values[theirs] for theirs, ours in _VISION_KEYS.items() if theirs in values}
-    if values.get("num_attention_heads", 1) != 1:
-        raise EmulusError("vision tokenizers with several attention heads are not supported")
-    if chosen.get("attn_resolutions", ...) is None:
-        chosen["attn_resolutions"] = ()
+    known = own_values(values, {*_VISION_KEYS, *_VISION_SILENT, "num_attention_heads"}, "vision tokenizer")
+    if known.get("num_attention_heads") not in (1, None):
+        raise EmulusError(
+            f"vision tokenizer: num_attention_heads is {shown(known['num_attention_heads'])} but must be 1 "
+            "(nothing else is supported)"
+        )
+    # Typed here, so that errors have the names of this layout.
+    kinds = typing.get_type_hints(VisionTokenizerConfig)
+    chosen = {
+        ours: decode(kinds.get(ours, bool | None), known[theirs], f"vision tokenizer: {theirs}")
+        for theirs, ours in _VISION_KEYS.items()
+        if known.get(theirs) is not None
+    }
+    if "attn_resolutions" in known:
+        chosen.setdefault("attn_resolutions", ())
     return VisionTokenizerConfig.from_dict({"model_type": "Emu3VisionVQ", **chosen})
 
 

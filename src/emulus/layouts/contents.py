@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from emulus.errors import EmulusError
-from emulus.files import read_json
+from emulus.codec import as_mapping, decode
+from emulus.errors import EmulusError, shown
+from emulus.files import MAX_TEXT_VOCABULARY_BYTES, read_bytes, read_config
+from emulus.foreign import own_values
 from emulus.layouts import configs
 from emulus.layouts.names import from_transformers, vision_from_transformers
 from emulus.layouts.vocabulary import check_roles, from_lines, from_map, known
 from emulus.model.config import DecoderConfig
 from emulus.model.quantize import Quantization
-from emulus.model.weights import expected_shapes, read_config
+from emulus.model.weights import drop_redundant, expected_shapes, read_own_config
 from emulus.tokenizer.text import EMU3_FILE, TIKTOKEN_FILE, TOKENIZERS_FILE, TextTokenizer, transformers_ids
 from emulus.tokenizer.vision.config import MODEL_TYPE as RELEASED_VISION
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
@@ -82,13 +84,16 @@ def inspect_folder(folder: Path) -> Contents:
     if (folder / EMU3_FILE).is_file() and not (folder / CONFIG).exists():
         return _released_text(folder)
     folder = find_model(folder)
-    values = _mapping(folder / CONFIG)
+    values = read_config(folder / CONFIG)
     kind = values.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise EmulusError(
-            f"{folder / CONFIG} is of a model of type {kind!r}; Emulus reads the types {', '.join(_READERS)}"
+            f"{folder / CONFIG} is of a model of type {shown(kind)}; Emulus reads the types {', '.join(_READERS)}"
         )
     contents = _READERS[kind](folder, values)
+    if contents.decoder is not None:
+        tensors = drop_redundant(contents.decoder, contents.decoder_tensors)
+        contents = dataclasses.replace(contents, decoder_tensors=tensors)
     _check(contents)
     return dataclasses.replace(contents, preset=_preset(contents))
 
@@ -129,7 +134,7 @@ def vision_shapes(config: VisionTokenizerConfig) -> Shapes:
 
 
 def _native(folder: Path, values: Mapping[str, Any]) -> Contents:
-    decoder, quantized = _config(folder, lambda: read_config(values))
+    decoder, quantized = _config(folder, lambda: read_own_config(values))
     path = folder / VOCABULARY_FILE
     texts = (folder / name for name in (TOKENIZERS_FILE, TIKTOKEN_FILE))
     return _with_vision_folder(
@@ -184,18 +189,22 @@ def _released_vocabulary(folder: Path, size: int) -> Vocabulary | None:
     published = known(size)
     if not text.exists() and not lines.exists():
         return published
-    text_size = sum(1 for line in text.read_bytes().splitlines() if line.strip()) if text.exists() else 0
+    text_size = sum(1 for line in _lines(text) if line.strip()) if text.exists() else 0
     if not lines.exists() and published is not None and published.text_size == text_size:
         return published
     for path, other in ((text, lines), (lines, text)):
         if not path.exists():
             raise EmulusError(f"{path} is missing; {other.name} beside it says nothing without it: fetch it too")
     try:
-        return from_lines(text_size, lines.read_text(encoding="utf-8").splitlines())
+        return from_lines(text_size, [line.decode() for line in _lines(lines)])
     except UnicodeDecodeError:
         raise EmulusError(f"{lines} is not text; restore it from its source") from None
     except EmulusError as error:
         raise EmulusError(f"{lines}: {error}") from None
+
+
+def _lines(path: Path) -> list[bytes]:
+    return read_bytes(path, most=MAX_TEXT_VOCABULARY_BYTES).splitlines()
 
 
 def _released_vision(folder: Path, values: Mapping[str, Any]) -> Contents:
@@ -204,14 +213,13 @@ def _released_vision(folder: Path, values: Mapping[str, Any]) -> Contents:
 
 
 def _whole_transformers(folder: Path, values: Mapping[str, Any]) -> Contents:
-    parts = [values.get(key) for key in ("text_config", "vq_config")]
-    text, vq = (part if isinstance(part, Mapping) else {} for part in parts)
-    tied = bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    # Files of transformers 4 kept what quantised a model at the top; it is refused wherever it is.
-    inherited = {key: values[key] for key in ("quantization_config",) if key in values}
-    text = {**text, **inherited, "tie_word_embeddings": tied}
+    whole = _config(folder, lambda: own_values(values, configs.WHOLE_KEYS, "its config"))
+    parts = [whole.get(key) for key in ("text_config", "vq_config")]
+    text, vq = ({} if part is None else part for part in parts)
+    tied = _config(folder, lambda: _is_tied(whole, text))
+    text = {**text, "tie_word_embeddings": tied}
     tensors = find_tensors(folder)
-    vocabulary_map = values.get("vocabulary_map")
+    vocabulary_map = whole.get("vocabulary_map")
     decoder = _config(folder, lambda: configs.decoder_from_transformers(text))
     return Contents(
         folder=folder,
@@ -226,6 +234,12 @@ def _whole_transformers(folder: Path, values: Mapping[str, Any]) -> Contents:
         image_area=_area(values),
         special_ids=configs.role_ids(text),
     )
+
+
+def _is_tied(whole: Mapping[str, Any], text: Any) -> bool:
+    """Whether any of the two places that may say so ties the head to the embedding."""
+    said = [part.get("tie_word_embeddings") for part in (whole, as_mapping(text, "text_config"))]
+    return any(decode(bool | None, value, "tie_word_embeddings") for value in said)
 
 
 def _transformers_decoder(folder: Path, values: Mapping[str, Any]) -> Contents:
@@ -268,7 +282,7 @@ def _with_vision_folder(contents: Contents) -> Contents:
     folder = contents.folder / VISION_FOLDER
     if not (folder / CONFIG).exists():
         return contents
-    vision = _released_vision(folder, _mapping(folder / CONFIG))
+    vision = _released_vision(folder, read_config(folder / CONFIG))
     return dataclasses.replace(contents, vision=vision.vision, vision_tensors=vision.vision_tensors)
 
 
@@ -324,7 +338,10 @@ def _preset(contents: Contents) -> str:
         codes = (released.codebook_size, released.spatial_factor)
         return "emu3" if vision and (vision.codebook_size, vision.spatial_factor) == codes else "native"
     if contents.layout == "emulus":
-        return str(contents.generation.get("preset", "native"))
+        preset: str = decode(
+            str, contents.generation.get("preset", "native"), f"{contents.folder / GENERATION_FILE}: preset"
+        )
+        return preset
     if decoder.qk_norm or decoder.vocab_size == Vocabulary.emu3_5().size:
         return "emu3.5"
     return "emu3-base" if decoder.max_position_embeddings == BASE_CONTEXT else "emu3"
@@ -332,7 +349,7 @@ def _preset(contents: Contents) -> str:
 
 def _area(values: Mapping[str, Any]) -> int | None:
     area = values.get("image_area")
-    return area if isinstance(area, int) and area > 0 else None
+    return area if isinstance(area, int) and not isinstance(area, bool) and 0 < area < 2**40 else None
 
 
 def _of_part(part: str, name: str) -> str | None:
@@ -357,14 +374,19 @@ def _transformers_text(folder: Path) -> Path | None:
 
 def _generation(folder: Path) -> Mapping[str, Any]:
     path = folder / GENERATION_FILE
-    return _mapping(path) if path.exists() else {}
-
-
-def _mapping(path: Path) -> Mapping[str, Any]:
-    values = read_json(path)
-    if not isinstance(values, Mapping):
-        raise EmulusError(f"{path} holds no keys and values; restore it from its source")
+    values = read_config(path) if path.exists() else {}
+    for key, kind in _SAMPLING.items():
+        decode(kind, values.get(key), f"{path}: {key}")
     return values
+
+
+# What is read of the files of published models; null is not given.
+_SAMPLING: Mapping[str, Any] = {
+    "do_sample": bool | None,
+    "temperature": float | None,
+    "top_k": int | None,
+    "top_p": float | None,
+}
 
 
 def _config(folder: Path, read: Callable[[], Any]) -> Any:

@@ -7,42 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from emulus.errors import EmulusError, did_you_mean
+from emulus.codec import decode_fields
+from emulus.errors import EmulusError, did_you_mean, shown
+from emulus.foreign import own_values, rope_theta
 
-# Keys of released config.json files that say nothing about this decoder's maths: bookkeeping of the file
-# itself, and special ids, which belong to the vocabulary.
-_BOOKKEEPING = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bad_words_ids",
-        "boi_token_id",
-        "bos_token_id",
-        "dtype",
-        "eof_token_id",
-        "eoi_token_id",
-        "eol_token_id",
-        "eos_token_id",
-        "image_area",
-        "img_token_id",
-        "model_type",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
-# Keys that would change the maths; only these values are what this decoder computes.
-_FIXED: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {
-        "hidden_act": ("silu",),
-        "pretraining_tp": (1,),
-        "rope_scaling": (None,),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "use_sliding_window": (False,),
-    }
-)
 # A size beyond these is a damaged or hostile file, refused before anything is built from it.
 _MAX_SIZE = 2**24
 _MAX_LAYERS = 4096
@@ -147,29 +115,27 @@ class DecoderConfig:
         Raises:
             EmulusError: A key is unknown or missing, or a value asks for maths this decoder does not do.
         """
-        if not isinstance(values, Mapping):
-            raise EmulusError("the decoder's config is not a JSON object; restore config.json from its source")
         fields = {field.name for field in dataclasses.fields(cls)}
-        known: dict[str, Any] = {}
-        for key, value in values.items():
-            if key in fields:
-                known[key] = value
-            elif key == "rope_parameters":
-                known["rope_theta"] = _rope_theta(value)
-            elif key in _FIXED:
-                _check(value in _FIXED[key], key, value, f"{_FIXED[key][0]!r} (nothing else is supported)")
-            elif key not in _BOOKKEEPING:
-                raise EmulusError(f"unknown key {key!r} in the decoder's config{did_you_mean(key, fields)}")
-        missing = [name for name in _REQUIRED if name not in known]
+        known = own_values(values, {*fields, "rope_parameters", "rope_scaling"}, _WHERE)
+        theta = rope_theta(known, _WHERE)
+        given = {name: value for name, value in known.items() if name in fields and name != "rope_theta"}
+        # As in transformers, null is the default, which here is as many as there are query heads.
+        if "num_key_value_heads" in given and given["num_key_value_heads"] is None:
+            given["num_key_value_heads"] = given.get("num_attention_heads")
+        given = {name: value for name, value in given.items() if value is not None or name in _REQUIRED}
+        missing = [name for name in _REQUIRED if name not in given]
         if missing:
-            raise EmulusError(f"the decoder's config lacks {', '.join(missing)}; is it another model's config.json?")
-        return cls(**known)
+            raise EmulusError(f"{_WHERE} lacks {', '.join(missing)}; is it another model's config.json?")
+        if theta is not None:
+            given["rope_theta"] = theta
+        return decode_fields(cls, given, _WHERE)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as JSON values; :meth:`from_dict` reads them back."""
         return dataclasses.asdict(self)
 
 
+_WHERE = "decoder config"
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -191,15 +157,7 @@ def _is_number(value: object) -> bool:
 
 def _check(fine: bool, name: str, value: object, wanted: str) -> None:
     if not fine:
-        raise EmulusError(f"decoder config: {name} is {value!r} but must be {wanted}")
-
-
-def _rope_theta(parameters: object) -> object:
-    """Read transformers 5's ``rope_parameters``, of which only the unscaled kind is computed here."""
-    plain = isinstance(parameters, Mapping) and parameters.get("rope_type", "default") == "default"
-    if not plain or not isinstance(parameters, Mapping) or "rope_theta" not in parameters:
-        raise EmulusError(f"decoder config: rope_parameters {parameters!r} is not plain RoPE; scaling is not supported")
-    return parameters["rope_theta"]
+        raise EmulusError(f"{name} is {shown(value)} but must be {wanted}")
 
 
 # The emoji ladder: sequences are short, so rotary waves are too (a base of 1e6 would leave most pairs

@@ -7,7 +7,6 @@ whose logits lie close together, so it never has fewer than 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
-from emulus.errors import EmulusError, did_you_mean
+from emulus.codec import as_mapping
+from emulus.errors import EmulusError, did_you_mean, shown
 from emulus.model.linear import GROUP as GROUP
 from emulus.model.linear import Packed
 from emulus.model.linear import Quantization as Quantization
@@ -176,7 +176,7 @@ def check_kind(kind: str) -> Quantization:
     for known in kinds:
         if kind == known:
             return known
-    raise EmulusError(f"unknown quantisation {kind!r}{did_you_mean(kind, kinds)}")
+    raise EmulusError(f"unknown quantisation {shown(kind)}{did_you_mean(kind, kinds)}")
 
 
 def to_config(kind: Quantization) -> dict[str, Any]:
@@ -191,12 +191,17 @@ def from_config(values: object) -> Quantization:
     Raises:
         EmulusError: It is of a kind that is not computed here.
     """
-    if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
-        raise EmulusError(f"its quantization {values!r} names no kind; restore config.json from its source")
-    kind = check_kind(values["kind"])
+    said = as_mapping(values, "quantization")
+    if not isinstance(said.get("kind"), str):
+        raise EmulusError(f"quantization {shown(said)} names no kind; restore config.json from its source")
+    kind = check_kind(said["kind"])
     read = to_config(kind)
-    if any(values.get(key) != value for key, value in read.items()):
-        raise EmulusError(f"its quantization {dict(values)} is not of the sort that is read here, {read}")
+    # "calibrated" is a note on how the weights were made.
+    if any(said.get(key) != value for key, value in read.items()) or said.keys() - read.keys() - {
+        "calibrated",
+        "group",
+    }:
+        raise EmulusError(f"quantization {shown(said)} is not of the sort that is read here, {read}")
     return kind
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from emulus.codec import as_mapping
 from emulus.device import pick_device
-from emulus.errors import EmulusError
-from emulus.files import read_json, write_json
+from emulus.errors import EmulusError, shown
+from emulus.files import read_config, write_json
 from emulus.model.config import DecoderConfig
 from emulus.model.quantize import (
     HEAD,
@@ -43,6 +44,8 @@ from emulus.weights import (
     save_tensors,
 )
 
+_TABLE = "model.embed_tokens.weight"
+_WAVES = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 QUANTIZATION = "quantization"
 """Key of ``config.json`` under which a quantised decoder says how."""
 
@@ -83,17 +86,16 @@ def load_config(folder: Path | str) -> DecoderConfig:
     return _read_config(Path(folder))[0]
 
 
-def read_config(values: Any) -> tuple[DecoderConfig, Quantization | None]:
+def read_own_config(values: Any) -> tuple[DecoderConfig, Quantization | None]:
     """Read our own ``config.json``: the decoder's shape, and how many bits its stored weights have.
 
     Raises:
         EmulusError: It is broken or another architecture's.
     """
-    own = (
-        {key: value for key, value in values.items() if key != QUANTIZATION} if isinstance(values, Mapping) else values
-    )
+    own = dict(as_mapping(values, "decoder config"))
+    said = own.pop(QUANTIZATION, None)
     config = DecoderConfig.from_dict(own)
-    return config, from_config(values[QUANTIZATION]) if QUANTIZATION in values else None
+    return config, None if said is None else from_config(said)
 
 
 def load_decoder(
@@ -126,7 +128,7 @@ def load_decoder(
             f"{folder}: the decoder knows {config.vocab_size} ids but the vocabulary has {vocab_size}; "
             "they come from different models: use the vocabulary saved with this decoder"
         )
-    tensors = find_tensors(folder)
+    tensors = drop_redundant(config, find_tensors(folder))
     return load_decoder_from(
         config, tensors, dtype=dtype, device=device, quantize=quantize, stored=stored, folder=folder
     )
@@ -178,12 +180,41 @@ def load_decoder_from(
         fill(model, whole, dtype=dtype, device=device)
     except torch.OutOfMemoryError as error:
         raise EmulusError(
-            f"{folder}: no memory left for the decoder ({str(error).splitlines()[0]}); take a smaller dtype, int8 or "
-            "int4, or let part of it lie on the CPU (device auto)"
+            f"{folder}: no memory left for the decoder ({shown(error, quote=False)}); take a smaller dtype, fewer bits "
+            "(quantize int8 or int4), or let part of it lie on the CPU (device auto)"
         ) from None
     if kind is None and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+def drop_redundant(config: DecoderConfig, tensors: Tensors) -> Tensors:
+    """The tensors without those that say again what is known.
+
+    Older programs stored the rotary wave lengths, which the config gives; some store a tied head beside the embedding.
+
+    Args:
+        config: The decoder's.
+        tensors: What its files hold, under our names.
+
+    Raises:
+        EmulusError: A tied head differs from the embedding, or a file is damaged.
+    """
+    kept = {name: stored for name, stored in tensors.items() if not _WAVES.search(name)}
+    head, table = kept.get(HEAD), kept.get(_TABLE)
+    if config.tie_word_embeddings and head is not None and table is not None and head.shape == table.shape:
+        if not _same(head, table):
+            raise EmulusError(
+                f"{head.file}: {head.name} differs from {table.name}, but {CONFIG} says that they are one: "
+                "set tie_word_embeddings to false there"
+            )
+        del kept[HEAD]
+    return kept
+
+
+def _same(first: Stored, second: Stored) -> bool:
+    pairs = zip(read_pieces(first), read_pieces(second), strict=True)
+    return all(torch.equal(one.float(), other.float()) for (_, one), (_, other) in pairs)
 
 
 def check_stored(folder: Path, stored: Quantization | None, wanted: Quantization | None) -> Quantization | None:
@@ -218,7 +249,7 @@ def whole_names(config: DecoderConfig, kind: Quantization | None) -> list[str]:
 
 def source_of(name: str, config: DecoderConfig) -> str:
     """The stored tensor that the matrix called ``name`` is made of: a tied head is made of the embedding."""
-    return "model.embed_tokens.weight" if _is_tied(name, config) else name
+    return _TABLE if _is_tied(name, config) else name
 
 
 def quantize_rows(layer: QuantizedLinear, stored: Stored, name: str, device: Place) -> None:
@@ -257,9 +288,9 @@ def read_weight(
 
 def _read_config(folder: Path) -> tuple[DecoderConfig, Quantization | None]:
     path = folder / CONFIG
-    values = read_json(path)
+    values = read_config(path)
     try:
-        return read_config(values)
+        return read_own_config(values)
     except EmulusError as error:
         raise EmulusError(f"{path}: {error}") from None
 

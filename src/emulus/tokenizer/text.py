@@ -12,7 +12,7 @@ import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from emulus.errors import EmulusError
-from emulus.files import read_json, write_text
+from emulus.files import MAX_TEXT_VOCABULARY_BYTES, read_bytes, read_json, write_text
 from emulus.tokenizer.vocabulary import NAME
 
 PATTERN = (
@@ -269,7 +269,8 @@ class _TiktokenBackend:
     @classmethod
     def read(cls, path: Path) -> _TiktokenBackend:
         piece_of: dict[int, bytes] = {}
-        lines = [entry for entry in enumerate(path.read_bytes().splitlines(), start=1) if entry[1].strip()]
+        content = read_bytes(path, most=MAX_TEXT_VOCABULARY_BYTES)
+        lines = [entry for entry in enumerate(content.splitlines(), start=1) if entry[1].strip()]
         for number, line in lines:
             try:
                 piece, rank = line.split()

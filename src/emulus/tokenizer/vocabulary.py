@@ -10,9 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
-from emulus.errors import EmulusError
-from emulus.files import read_json, write_json
+from emulus.codec import decode_fields
+from emulus.errors import EmulusError, shown
+from emulus.files import read_config, write_json
 
+MAX_IDS = 2**24
+"""A table with more ids is damaged: that of Emu3.5 has 282,926."""
 ROLES = ("pad", "bos", "eos", "boi", "img", "eoi", "eol", "eof")
 ACTION_ROLES = ("boa", "eoa")
 NAME = re.compile(r"<\|[^|]+\|>")
@@ -328,10 +331,7 @@ class Vocabulary:
         Raises:
             EmulusError: A key is missing, unknown or of the wrong type, or the ids do not fit together.
         """
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
-            raise EmulusError(f"a vocabulary needs exactly the keys {', '.join(sorted(known))}; restore its file")
-        return cls(**values)
+        return decode_fields(cls, values, "vocabulary")
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, atomically."""
@@ -344,8 +344,9 @@ class Vocabulary:
         Raises:
             EmulusError: The file is missing, is not JSON, or its ids do not fit together.
         """
+        values = read_config(path)
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(values)
         except EmulusError as error:
             raise EmulusError(f"{path}: {error}") from error
 
@@ -358,7 +359,8 @@ def _check(vocabulary: Vocabulary, named: Mapping[str, int]) -> None:
     """Refuse a table in which an id is missing, is no id, or means two things."""
     sizes = [getattr(vocabulary, name) for name in _SIZES]
     if not all(map(_is_count, sizes)) or not vocabulary.text_size or not vocabulary.visual_size:
-        _refuse(f"{', '.join(_SIZES)} must be whole numbers with some text and visual ids, not {sizes}")
+        wanted = f"whole numbers below {MAX_IDS:,} with some text and visual ids"
+        _refuse(f"{', '.join(_SIZES)} must be {wanted}, not {shown(sizes)}")
     for table in (vocabulary.specials, named):
         if not isinstance(table, Mapping) or not all(map(_is_count, table.values())):
             _refuse("specials and special_names must be tables of ids")
@@ -366,12 +368,12 @@ def _check(vocabulary: Vocabulary, named: Mapping[str, int]) -> None:
             _refuse("two specials share an id")
     roles = ROLES + ACTION_ROLES if vocabulary.action_size else ROLES
     if set(vocabulary.specials) != set(roles):
-        _refuse(f"specials must be {', '.join(roles)}, not {', '.join(map(str, vocabulary.specials))}")
+        _refuse(f"specials must be {', '.join(roles)}, not {shown(list(vocabulary.specials))}")
     if not set(vocabulary.specials.values()) <= set(named.values()):
         _refuse("special_names must name the id of every role")
     for name in named:
         if not isinstance(name, str) or not NAME.fullmatch(name) or _TOKEN_NAME.fullmatch(name):
-            _refuse(f"special name {name!r} must look like '<|row end|>' and not like a visual token")
+            _refuse(f"special name {shown(name)} must look like '<|row end|>' and not like a visual token")
     ranges = [vocabulary.text_range, vocabulary.visual_range, vocabulary.action_range]
     ranges = [*ranges, *((id, id + 1) for id in named.values())]
     for (start, stop), (next_start, next_stop) in pairwise(sorted(r for r in ranges if r[0] < r[1])):
@@ -380,7 +382,7 @@ def _check(vocabulary: Vocabulary, named: Mapping[str, int]) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_IDS
 
 
 def _refuse(what: str) -> NoReturn:

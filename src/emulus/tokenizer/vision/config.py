@@ -7,10 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emulus.errors import EmulusError, did_you_mean
+from emulus.codec import as_mapping, decode_fields
+from emulus.errors import EmulusError, shown
+from emulus.foreign import own_values
 
 MODEL_TYPE = "Emu3VisionVQ"
 NORM_GROUPS = 32
+_WHERE = "vision tokenizer"
+# A size beyond these is a damaged or hostile file, refused before anything is built from it. The released tokenizer has
+# 4 levels of 2 blocks and 0.27e9 parameters.
+_MAX_LEVELS = 10
+_MAX_PARAMETERS = 2**33
+_BOUNDS = {
+    "codebook_size": (2, 2**24),
+    "embed_dim": (1, 4096),
+    "z_channels": (1, 4096),
+    # Those of an RGB image.
+    "in_channels": (3, 3),
+    "out_channels": (3, 3),
+    "temporal_downsample_factor": (1, 256),
+    "ch": (NORM_GROUPS, 4096),
+    "num_res_blocks": (1, 32),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +55,53 @@ class VisionTokenizerConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.ch <= 0 or any(mult <= 0 for mult in self.ch_mult) or not self.ch_mult:
-            raise EmulusError(f"vision tokenizer: ch {self.ch} and ch_mult {self.ch_mult} must be positive")
+        for name, (least, most) in _BOUNDS.items():
+            _check_whole(name, getattr(self, name), least, most)
+        for name, least, most, longest in (("ch_mult", 1, 64, _MAX_LEVELS), ("attn_resolutions", 0, 31, 32)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) > longest:
+                raise EmulusError(f"{name} must be at most {longest} whole numbers, got {shown(values)}")
+            for value in values:
+                _check_whole(name, value, least, most)
+        if not self.ch_mult:
+            raise EmulusError("ch_mult is empty; give a factor for each level")
         if self.ch % NORM_GROUPS:
-            raise EmulusError(f"vision tokenizer: ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
+            raise EmulusError(f"ch must be a multiple of {NORM_GROUPS}, got {self.ch}")
         factor = self.temporal_downsample_factor
-        if factor < 1 or factor & (factor - 1):
-            raise EmulusError(f"vision tokenizer: temporal_downsample_factor must be a power of two, got {factor}")
-        if not 2 <= self.codebook_size <= 2**24:
-            raise EmulusError(f"vision tokenizer: codebook_size must be in 2..2^24, got {self.codebook_size}")
-        if min(self.embed_dim, self.z_channels, self.num_res_blocks) < 1:
-            raise EmulusError("vision tokenizer: embed_dim, z_channels and num_res_blocks must be at least 1")
+        if factor & (factor - 1):
+            raise EmulusError(f"temporal_downsample_factor must be a power of two, got {factor}")
+        rate = self.dropout
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise EmulusError(f"dropout must be at least 0 and below 1, got {shown(rate)}")
+        if self.parameters > _MAX_PARAMETERS:
+            raise EmulusError(
+                f"its sizes make {self.parameters:.1e} parameters, and at most {_MAX_PARAMETERS:.1e} are read"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """Number of learned parameters, by arithmetic: nothing is built."""
+        widths, last = [self.ch * mult for mult in self.ch_mult], len(self.ch_mult) - 1
+        blocks, codes, z = self.num_res_blocks, self.embed_dim, self.z_channels
+        count = self.codebook_size * codes + 2 * 3 * z * codes + z + codes
+        for code_channels, extra in ((0, 0), (codes, 1)):  # of the encoder and the decoder
+            for level, width in enumerate(widths):
+                before = (self.ch, *widths)[level] if not extra else widths[min(level + 1, last)]
+                count += _block(before, width, code_channels) + (blocks + extra - 1) * _block(
+                    width, width, code_channels
+                )
+                if level in self.attn_resolutions:
+                    count += (blocks + extra) * _attention(width, code_channels)
+                # A level is resized after it but for the last: the coarsest, or the finest of the decoder.
+                count += _convolution(width, width, 9) if level != (0 if extra else last) else 0
+            count += 2 * _block(widths[-1], widths[-1], code_channels) + _attention(widths[-1], code_channels)
+            count += blocks * 2 * (2 * z + _convolution(z, z, 27))
+        count += _convolution(self.in_channels, self.ch, 9) + 2 * widths[-1] + _convolution(widths[-1], z, 9)
+        count += (
+            _convolution(z, widths[-1], 9) + _norm(widths[0], codes) + _convolution(widths[0], self.out_channels, 9)
+        )
+        halvings = self.temporal_factor.bit_length() - 1
+        return count + halvings * (_convolution(z, z, 36) + _convolution(z, z, 27))
 
     @property
     def spatial_factor(self) -> int:
@@ -72,28 +126,37 @@ class VisionTokenizerConfig:
         Raises:
             EmulusError: Another model type, an unknown key, or a value of the wrong kind.
         """
-        if values.get("model_type") != MODEL_TYPE:
-            raise EmulusError(
-                f"not a vision tokenizer: config.json says model_type {values.get('model_type')!r}, not {MODEL_TYPE!r}"
-            )
-        if values.get("double_z"):
-            raise EmulusError("vision tokenizers with double_z (a mean and a variance per latent) are not supported")
-        known = {field.name for field in dataclasses.fields(cls)}
-        bookkeeping = {
-            "model_type",
-            "double_z",
-            "architectures",
-            "auto_map",
-            "torch_dtype",
-            "dtype",
-            "transformers_version",
-        }
-        for key in values.keys() - known - bookkeeping:
-            raise EmulusError(f"unknown key {key!r} in the vision tokenizer's config.json{did_you_mean(key, known)}")
-        chosen: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known
-        }
-        try:
-            return cls(**chosen)
-        except TypeError as error:
-            raise EmulusError(f"the vision tokenizer's config.json has a value of the wrong kind: {error}") from None
+        kind = as_mapping(values, _WHERE).get("model_type")
+        if kind != MODEL_TYPE:
+            raise EmulusError(f"not a {_WHERE}: config.json says model_type {shown(kind)}, not {MODEL_TYPE!r}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = own_values(values, {*fields, "double_z"}, _WHERE)
+        if known.pop("double_z", None) not in (False, None):
+            raise EmulusError(f"{_WHERE}s with double_z (a mean and a variance per latent) are not supported")
+        return decode_fields(cls, known, _WHERE)
+
+
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        wanted = f"{least}" if least == most else f"a whole number from {least} to {most}"
+        raise EmulusError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def _convolution(inputs: int, outputs: int, kernel: int) -> int:
+    """Parameters of a convolution whose kernel has so many places."""
+    return inputs * outputs * kernel + outputs
+
+
+def _norm(width: int, code_channels: int) -> int:
+    """Parameters of a group norm, steered by codebook vectors if they have channels."""
+    return 2 * width + (2 * _convolution(code_channels, width, 1) if code_channels else 0)
+
+
+def _block(inputs: int, outputs: int, code_channels: int) -> int:
+    skip = _convolution(inputs, outputs, 1) if inputs != outputs else 0
+    norms = _norm(inputs, code_channels) + _norm(outputs, code_channels)
+    return norms + _convolution(inputs, outputs, 9) + _convolution(outputs, outputs, 9) + skip
+
+
+def _attention(width: int, code_channels: int) -> int:
+    return _norm(width, code_channels) + 4 * _convolution(width, width, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from emulus.errors import EmulusError
-from emulus.files import read_json, write_json
+from emulus.files import read_config, write_json
 from emulus.tokenizer.vision.blocks import heavy_convolutions
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.model import VisionTokenizer
@@ -70,10 +70,11 @@ def load_vision_tokenizer(
     """
     folder = find_model(folder)
     folder = folder / "vision" if (folder / "vision" / CONFIG).exists() else folder
-    values = read_json(folder / CONFIG)
-    if not isinstance(values, dict):
-        raise EmulusError(f"{folder / CONFIG} is not a config: it holds no keys and values")
-    config = VisionTokenizerConfig.from_dict(values)
+    values = read_config(folder / CONFIG)
+    try:
+        config = VisionTokenizerConfig.from_dict(values)
+    except EmulusError as error:
+        raise EmulusError(f"{folder / CONFIG}: {error}") from None
     return load_vision_tokenizer_from(
         config, find_tensors(folder), device, folder=folder, dtype=dtype, encoder_dtype=encoder_dtype
     )
