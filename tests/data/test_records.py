@@ -26,7 +26,6 @@ from emulus.data.records import (
     add_to_manifest,
     end_of_lines,
     lengths_path,
-
     pack_record,
     read_lengths,
     read_manifest,

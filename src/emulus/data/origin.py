@@ -126,9 +126,9 @@ def _file_checksum(path: Path) -> str:
     crc = 0
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        starts = range(0, size, _BLOCK)
+        starts: Iterable[int] = range(0, size, _BLOCK)
         if size > _WHOLE:
-            starts = range(0, size - _BLOCK + 1, (size - _BLOCK) // (_BLOCKS - 1))
+            starts = [(size - _BLOCK) * place // (_BLOCKS - 1) for place in range(_BLOCKS)]
         for start in starts:
             file.seek(start)
             crc = zlib.crc32(file.read(_BLOCK), crc)

@@ -332,7 +332,7 @@ def _count(config: TokenizeConfig, lines: Sequence[ShardLine]) -> dict[str, int]
     skipped = [each for line in lines for each in line.skipped]
     if not rows.total():
         first = f"; the first: {skipped[0].id}: {skipped[0].reason}" if skipped else ""
-        raise EmulusError(f"none of the items could be encoded{first}; mend the sources and choose another --out")
+        raise EmulusError(f"none of the items could be encoded{first}; fix the sources and run the same command again")
     tokens = sum(line.tokens for line in lines)
     logger.info(f"{config.out}: {dict(rows)} rows, {tokens:,} ids")
     if skipped:
