@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status. User errors print one line and no traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words[0] if words else "help", words[1:])
+        status = _run(words[0] if words else "help", words[1:])
+        sys.stdout.flush()
+        return status
     except EmulusError as error:
         # Of several processes each may have something else to say; that they were asked to stop is said once.
         rank = os.environ.get("RANK", "0")
@@ -51,15 +53,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except OSError as error:
+        if error.filename is None and _output_is_broken():
+            _drop_output()
+            print(f"emulus: standard output cannot be written ({error.strerror or error})", file=sys.stderr)
+            return 1
         # What no part of the program expected of the disk is still the disk's doing.
         print(f"emulus: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("emulus: interrupted", file=sys.stderr)
         return 130
+
+
+def _output_is_broken() -> bool:
+    """Whether what is left in the buffer of stdout cannot be written either."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """What is left in the buffer of stdout must not complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(verb: str, arguments: list[str]) -> int:

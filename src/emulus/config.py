@@ -13,7 +13,7 @@ import yaml
 
 from emulus.codec import MAX_YAML_BYTES, as_mapping, decode, parse_yaml
 from emulus.errors import EmulusError, did_you_mean, shown
-from emulus.files import read_bytes, write_text
+from emulus.files import check_path, read_bytes, write_text
 
 Config = TypeVar("Config")
 
@@ -93,4 +93,6 @@ def from_flags(default: Config, arguments: Sequence[str], *, program: str, descr
         default = merge(default, read_yaml(path), str(path))
         del rest[place : place + 2]
     text = f"{description} Further: --config FILE, a YAML file of these fields, which flags win over.".strip()
+    for word in rest:
+        check_path(word, "the command line")
     return tyro.cli(type(default), default=default, args=rest, prog=program, description=text)

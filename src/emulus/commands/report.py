@@ -9,8 +9,10 @@ from typing import Annotated
 
 import tyro
 
+from emulus.errors import EmulusError
 from emulus.evaluate.report import write_report
 from emulus.evaluate.run_report import run_report
+from emulus.files import check_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,11 @@ class ReportOptions:
 
 def report(arguments: Sequence[str]) -> None:
     """``emulus report RUN [--out FILE]``: prints the page's path."""
+    for word in arguments:
+        check_path(word, "the command line")
     options = tyro.cli(ReportOptions, args=list(arguments), prog="emulus report")
     out = options.out or options.run / "report.html"
+    if out.is_dir():
+        raise EmulusError(f"--out {out} is a folder; name a file, such as {out / 'report.html'}")
     write_report(run_report(options.run), out)
     print(out)

@@ -9,6 +9,7 @@ step begins is two numbers, the window and the row in it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -79,6 +80,9 @@ class ReadingConfig:
     def __post_init__(self) -> None:
         at_least(1, turns=self.turns)
         at_least(0, visual_weight=self.visual_weight, answer_weight=self.answer_weight)
+        for name in ("visual_weight", "answer_weight"):
+            if math.isinf(getattr(self, name)):
+                raise EmulusError(f"{name} must be finite, got {getattr(self, name)}")
         for name in ("caption_first", "null_caption", "question"):
             if not 0 <= getattr(self, name) <= 1:
                 raise EmulusError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -444,8 +448,8 @@ class Loader:
         longest = mixture.longest()
         if longest.tokens > row_tokens:
             raise EmulusError(
-                f"{longest.name} makes a document of {longest.tokens} ids but a row holds {row_tokens}: "
-                "raise --row-tokens, or tokenize at a smaller size, fewer frames or shorter texts"
+                f"{longest.name} makes a document of {longest.tokens} ids but a row holds {row_tokens}: raise "
+                f"--row-tokens; or {longest.remedy(row_tokens)} and another --out"
             )
         self.mixture = mixture
         self.rows_per_step = rows_per_step
@@ -629,9 +633,12 @@ def held_out(mixture: Mixture, count: int, reading: ReadingConfig, row_tokens: i
     documents = Documents(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
     for number in np.flatnonzero(documents.lengths > row_tokens).tolist():
         record = held.read(int(documents.source[number]), [int(documents.record[number])])[0]
+        length = int(documents.lengths[number])
+        media = sum(map(len, record.of("media")))
+        longest = Longest(length, record.id, record.kind, length - media - ENDS)
         raise EmulusError(
-            f"{record.id}, which is held out, makes a document of {documents.lengths[number]} ids but a row holds "
-            f"{row_tokens}: raise --row-tokens, or tokenize at a smaller size"
+            f"{record.id}, which is held out, makes a document of {length} ids but a row holds {row_tokens}: raise "
+            f"--row-tokens; or {longest.remedy(row_tokens)} and another --out"
         )
     reader = Reader(held, reading)
     return [reader.row(documents, row) for row in pack(documents.lengths.tolist(), row_tokens)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from emulus.codec import as_mapping, decode_fields
 from emulus.config import read_yaml, to_dict, write_yaml
 from emulus.device import autocast
 from emulus.errors import EmulusError
-from emulus.files import only_run, read_json, write_file
+from emulus.files import check_not_running, check_out, only_run, read_json, write_file
 from emulus.log import logger
 from emulus.parallel.processes import Processes, peers
 from emulus.train import checkpoint
@@ -70,7 +71,7 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
     with peers(objective.processes), ExitStack() as held:
         loop = _Loop(config, objective, run)
         loop.check_folder()
-        loop.hold_folder(held)
+        hold_folder(run, objective.processes, held)
         start = loop.resume()
         missing = loop.evaluation_is_missing(start)
         if start >= config.steps and not missing:
@@ -122,6 +123,43 @@ class _Saved:
     seed: int | None = None
 
 
+def hold_folder(folder: Path, processes: Processes, held: ExitStack) -> None:
+    """Keep other runs away from a folder. The first process does, for all of them, which must all call this.
+
+    Args:
+        folder: Made if it is not there.
+        processes: Who trains.
+        held: Lets go when it is closed.
+
+    Raises:
+        EmulusError: Another run writes to the folder.
+    """
+    error = None
+    if processes.first:
+        try:
+            held.enter_context(only_run(folder))
+        except EmulusError as found:
+            error = found
+    if bool(processes.gather([float(error is not None)]).any()):
+        raise error or EmulusError(f"the first process cannot write to {folder}; it says why")
+
+
+def check_run(run: Path, init: str = "") -> None:
+    """Refuse a run's folder that cannot be written or that another run writes to, before data and models are read.
+
+    Args:
+        run: The folder.
+        init: Where first weights come from: a folder or a name on the hub, or nothing.
+
+    Raises:
+        EmulusError: The folder cannot be used, or the first weights lie in it.
+    """
+    check_out(run, init=init)
+    check_not_running(run)
+    if init and os.path.exists(init) and run.resolve() in Path(init).resolve().parents:
+        raise EmulusError(f"--init {init} lies in --out {run}, which is that run; choose another --out")
+
+
 class _Loop:
     """The moving parts of one run."""
 
@@ -141,21 +179,6 @@ class _Loop:
         self.checkpoints = Checkpoints(
             run / CHECKPOINTS, keep=config.keep, keep_every=config.keep_every, background=config.background_saves
         )
-
-    def hold_folder(self, held: ExitStack) -> None:
-        """Keep other runs away until ``held`` is closed. The first process does, for all of them.
-
-        Raises:
-            EmulusError: Another run writes to the folder.
-        """
-        error = None
-        if self.processes.first:
-            try:
-                held.enter_context(only_run(self.run))
-            except EmulusError as found:
-                error = found
-        if bool(self.processes.gather([float(error is not None)]).any()):
-            raise error or EmulusError(f"the first process cannot write to {self.run}; it says why")
 
     def begin(self, start: int) -> None:
         """Say what will be done, and where figures go."""

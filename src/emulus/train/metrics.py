@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -29,6 +30,9 @@ METRICS_FILE = "metrics.jsonl"
 TRACE_FILE, TABLE_FILE = "trace.json.gz", "operations.txt"
 # Bytes of a line of metrics.jsonl; what is longer is none of ours.
 _MOST_LINE = 2**20
+# Figures that are counted and summed up: finite, 0 or more.
+_COUNTS = {"tokens", "frames", "pictures", "seconds", "skipped", "again", "time"}
+_MOST_FIGURE = 1e39
 # A profile begins with this step: before it, memory is still taken and kernels are chosen or compiled.
 PROFILED_FROM = 10
 
@@ -149,8 +153,12 @@ def _parse_line(text: bytes, damage: Counter[str]) -> dict[str, Any] | None:
 def _is_figure(name: str, value: object) -> bool:
     if name == "text":
         return isinstance(value, str)
-    # A loss may be infinite or not a number; such are drawn as gaps.
-    return type(value) is float or (type(value) is int and abs(value) < MAX_INTEGER)
+    if type(value) is not float and not (type(value) is int and abs(value) < MAX_INTEGER):
+        return False
+    if name in _COUNTS:
+        return 0 <= value < MAX_INTEGER
+    # A loss may be infinite or not a number; such are drawn as gaps. Others are of float32.
+    return not math.isfinite(value) or abs(value) < _MOST_FIGURE
 
 
 class StepLine:
