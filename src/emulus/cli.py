@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, did_you_mean, one_line
 
 # verb: (module of emulus.commands, function, what it does)
 VERBS = {
@@ -56,30 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 0
     except OSError as error:
-        if error.filename is None and _output_is_broken():
+        # What no part of the program expected of the disk is still the disk's doing. Only for open files, of which
+        # standard output is the likeliest, the system does not say the name.
+        where = error.filename or "standard output, or another open file"
+        print(f"emulus: {one_line(f'{error.strerror or error}: {where}')}", file=sys.stderr)
+        if error.filename is None:
             _drop_output()
-            print(f"emulus: standard output cannot be written ({error.strerror or error})", file=sys.stderr)
-            return 1
-        # What no part of the program expected of the disk is still the disk's doing.
-        print(f"emulus: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("emulus: interrupted", file=sys.stderr)
         return 130
 
 
-def _output_is_broken() -> bool:
-    """Whether what is left in the buffer of stdout cannot be written either."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
-
-
 def _drop_output() -> None:
     """What is left in the buffer of stdout must not complain at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):  # a caller's stdout may not be a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(verb: str, arguments: list[str]) -> int:

@@ -386,8 +386,8 @@ class _Loop:
             saved = decode_fields(_Saved, read_json(path / VALUES), VALUES)
         except EmulusError as error:
             raise damaged(path, error) from None
-        if path.name != step_name(saved.step):
-            raise damaged(path, f"{VALUES} is of step {saved.step}")
+        if path.name != step_name(saved.step) or saved.reading.get("step", saved.step) != saved.step:
+            raise damaged(path, f"{VALUES} is of step {saved.step}, or its reading of another")
         if saved.fingerprint not in ("", self.objective.fingerprint()):
             raise EmulusError(
                 f"{path} was trained on other data (or ids that mean something else) than given now; "
@@ -446,7 +446,7 @@ class _Loop:
             if (self.run / name).exists():
                 raise EmulusError(f"{self.run} holds {what}; choose another --out")
         old, new = self._old_config(), to_dict(self.objective.config)
-        if old is not None and 2 * len(old.keys() & new.keys()) < len(new):
+        if old and 2 * len(old.keys() & new.keys()) < len(new):
             raise EmulusError(f"{self.run} is the run of another stage; choose another --out")
 
     def save_config(self) -> None:
