@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a kill never leaves half of one."""
+"""Writing files so that a crash, a full disk or a kill never leaves half of one, and one run at a time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from emulus.codec import as_mapping, check_not_lfs, parse_json
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, shown
+from emulus.log import logger
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MAX_JSON_BYTES = 2**28
 """The largest tokenizer.json have some 30 MB."""
@@ -21,6 +27,9 @@ MAX_CONFIG_BYTES = 2**25
 MAX_TEXT_VOCABULARY_BYTES = 2**27
 """Of emu3.tiktoken and emu3_vision_tokens.txt, which have 2 and 1 MB."""
 COMPLETE = "COMPLETE"
+LOCK = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
@@ -188,3 +197,114 @@ def remove_folder(path: Path) -> None:
     # Its name must be gone on the disk before its files are.
     fsync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process: no other run may write to it meanwhile.
+
+    The lock is the system's (``flock`` on the file ``.lock``), so it ends with the process, however that ends. Where
+    the file system has no locks a warning says so, and nothing is held. A read-only folder is not locked either:
+    nothing can be written to it.
+
+    Args:
+        folder: Made if it is not there.
+
+    Raises:
+        EmulusError: Another run holds it, or it cannot be made.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _open_lock(folder / LOCK)
+    if file is None:
+        yield
+        return
+    with file:
+        _lock(file, folder)
+        yield
+
+
+def check_not_running(folder: Path) -> None:
+    """Refuse a folder that another run holds (see :func:`only_run`), before anything is computed; nothing is written.
+
+    Raises:
+        EmulusError: Another run holds it.
+    """
+    try:
+        file = (folder / LOCK).open("r+b")
+    except OSError:
+        return
+    with file:
+        _lock(file, folder)
+
+
+def _open_lock(path: Path) -> BinaryIO | None:
+    try:
+        return path.open("ab")
+    except OSError as error:
+        if error.errno in _NOT_WRITABLE:
+            return None
+        raise
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no locks on this system")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise EmulusError(
+            f"another run is writing to {folder}; wait until it has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning(f"{folder} cannot be locked here ({error.strerror}); start no second run with this --out")
+
+
+def check_out(out: Path, **read: Path | str | None) -> None:
+    """Refuse an output folder that cannot be written, before anything is computed.
+
+    Args:
+        out: The folder; it need not exist.
+        read: What is read, by the name of its flag, such as ``source=...``: a folder or file, which ``out`` must not
+            be. Names of the hub and empty ones are passed over.
+
+    Raises:
+        EmulusError: It is a file, its name is too long or not UTF-8, a part of its path is a file, it may not be made
+            there, or it is what is read.
+    """
+    check_path(out, "--out")
+    try:
+        exists = out.exists()
+        if exists and not out.is_dir():
+            raise EmulusError(f"--out {out} is not a folder; choose another --out")
+        parent = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
+        if not parent.is_dir():
+            raise EmulusError(f"{parent} is not a folder, so --out {out} cannot be made; choose another --out")
+    except OSError as error:
+        raise EmulusError(f"--out {out} cannot be used ({error.strerror}); choose another --out") from None
+    if not exists and not os.access(parent, os.W_OK | os.X_OK):
+        raise EmulusError(f"not allowed to write to {parent}; choose another --out or change its permissions")
+    for flag, place in read.items():
+        if place and os.path.exists(place) and os.path.realpath(place) == os.path.realpath(out):
+            raise EmulusError(f"--out {out} is the {flag.replace('_', ' ')}, which is read; choose another --out")
+
+
+def check_path(path: Path | str, what: str) -> None:
+    """Refuse a path that cannot be written into configs, manifests and libraries' calls.
+
+    Args:
+        path: From a flag or a caller.
+        what: Names it in the message.
+
+    Raises:
+        EmulusError: It is not UTF-8, or holds a zero byte.
+    """
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise EmulusError(f"{what}: the name {shown(text)} is not UTF-8; rename it or choose another") from None
+    if "\0" in text:
+        raise EmulusError(f"{what}: the name {shown(text)} holds a zero byte; choose another")

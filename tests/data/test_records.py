@@ -26,7 +26,6 @@ from emulus.data.records import (
     add_to_manifest,
     end_of_lines,
     lengths_path,
-    only_run,
     pack_record,
     read_lengths,
     read_manifest,
@@ -36,6 +35,7 @@ from emulus.data.records import (
     write_shard,
 )
 from emulus.errors import EmulusError
+from emulus.files import only_run
 
 
 def record(kind: Kind, lengths: list[int], questions: int = 0, *, id: str = "a", **more: object) -> Record:

@@ -12,7 +12,7 @@ import signal
 import tarfile
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -23,13 +23,14 @@ from emulus.bundle import load_bundle
 from emulus.config import write_yaml
 from emulus.data.encoder import Encoder, Unit, run_ahead
 from emulus.data.media_dataset import MediaDataset, decode_item, shifted, to_pixels, whole_codes
-from emulus.data.records import MANIFEST, Record, Shard, ShardLine, only_run, read_manifest
+from emulus.data.records import MANIFEST, Record, Shard, ShardLine, Skipped, read_manifest
 from emulus.data.source import Item, Kind, open_source
 from emulus.data.tokenize import plan, tokenize
 from emulus.data.tokenize_config import TokenizeConfig
 from emulus.data.tokens import Tokens
 from emulus.data.workers import finished, serve
 from emulus.errors import EmulusError
+from emulus.files import only_run
 from emulus.media import smart_resize
 from emulus.pipeline import Emulus
 from emulus.sequence import Document, Grammar, Image, Text, Video
@@ -224,7 +225,7 @@ def test_texts_alone(config: TokenizeConfig, texts: Path, tmp_path: Path) -> Non
         assert [v.bos, *record.of("text")[0].tolist(), v.eos] == grammar.build(Document((Text(item.text),)))
         assert (record.id, record.kind, record.source) == (item.id, "text", "web")
     skipped = [each for line in tokens.shards("train") for each in line.skipped]
-    assert skipped == [(f"web/{number}", f"web/{number} is an empty text") for number in range(0, 40, 5)]
+    assert skipped == [Skipped(f"web/{number}", f"web/{number} is an empty text") for number in range(0, 40, 5)]
     assert tokens.items("train") == []
 
 
@@ -293,9 +294,9 @@ class CountingPath(type(Path())):  # type: ignore[misc]
 
     asked: ClassVar[list[str]] = []
 
-    def read_bytes(self) -> bytes:
+    def open(self, *args: Any, **kwargs: Any) -> Any:
         self.asked.append(self.name)
-        return super().read_bytes()
+        return super().open(*args, **kwargs)
 
 
 def test_the_manifest_is_read_once_however_many_shards_there_are(config: TokenizeConfig) -> None:
@@ -459,7 +460,7 @@ def encoded(encoder: Encoder, unit: Unit, out: Path) -> tuple[list[str], dict[st
     line: ShardLine = encoder.make(unit)
     assert len({each.id for each in line.skipped}) == len(line.skipped)
     shard = Shard(out / line.name)
-    return [record.id for record in shard.read(range(len(shard)))], dict(line.skipped)
+    return [record.id for record in shard.read(range(len(shard)))], {each.id: each.reason for each in line.skipped}
 
 
 def test_what_no_document_can_hold_is_left_out(config: TokenizeConfig, few: Path, tmp_path: Path) -> None:
@@ -565,24 +566,24 @@ def test_other_settings_are_refused(config: TokenizeConfig, texts: Path, tmp_pat
     for changes in ({"views": 3}, {"shard_items": 9}, {"area": 64}, {"sources": (texts,)}, {"seed": 1}):
         with pytest.raises(EmulusError, match="other settings"):
             tokenize(dataclasses.replace(config, **changes))  # type: ignore[arg-type]
-    mine = TokenizeConfig(sources=(texts,), vocabulary=str(config.out), out=tmp_path / "out")
-    tokenize(mine)
-    table = texts / "web.jsonl"
-    table.write_text(table.read_text().replace("number 39", "number 93"))
-    with pytest.raises(EmulusError, match="other settings"):
-        tokenize(mine)
+    with pytest.raises(EmulusError, match="the items' names"):
+        tokenize(dataclasses.replace(config, sources=(*config.sources, texts)))
 
 
 def test_changed_words_are_other_settings_and_another_place_is_not(config: TokenizeConfig, tmp_path: Path) -> None:
-    data = tmp_path / config.sources[0].name
+    """Where the text tokenizer was trained on them; see test_origin for the others."""
+    data, out = tmp_path / config.sources[0].name, tmp_path / "out"
     data.mkdir()
     for path in config.sources[0].iterdir():
         (data / path.name).write_bytes(path.read_bytes())
-    moved = dataclasses.replace(config, sources=(data,))
-    assert tokenize(moved) == config.out
+    shutil.copytree(config.out, out)
+    moved = dataclasses.replace(config, sources=(data,), out=out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.arrayrecord")}
+    assert tokenize(moved) == out
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.arrayrecord")} == before
     table = data / "captions.jsonl"
     table.write_text(table.read_text().replace("a red square", "a crimson square"))
-    with pytest.raises(EmulusError, match="other settings"):
+    with pytest.raises(EmulusError, match="the words that the text tokenizer was trained on"):
         tokenize(moved)
 
 

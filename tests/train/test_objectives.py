@@ -225,8 +225,11 @@ def test_another_models_weights_to_start_from(decoder_config: PretrainConfig, tm
     PretrainObjective(dataclasses.replace(config, init="no/where"))
     with pytest.raises(EmulusError, match="run of another stage"):
         pretrain(dataclasses.replace(config, out=other))
-    with pytest.raises(EmulusError, match="holds tokens"):
+    with pytest.raises(EmulusError, match="is the tokens folder, which is read; choose another --out"):
         pretrain(dataclasses.replace(config, out=Path(config.tokens[0])))
+    (other / "making.json").touch()
+    with pytest.raises(EmulusError, match="holds tokens"):
+        pretrain(dataclasses.replace(config, out=other))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

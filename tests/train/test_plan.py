@@ -159,7 +159,7 @@ def test_more_processes_than_rows_are_named(tmp_path: Path) -> None:
     [
         ({"size": "emoji-4m"}, 1, "did you mean"),
         ({"train": TrainConfig(parallel=ParallelConfig(shard=3))}, 4, "4 processes cannot be shared out"),
-        ({"tokens": ("a=x",)}, 1, "is no number"),
+        ({"tokens": ("a=x",)}, 1, "'x' is not a weight"),
     ],
 )
 def test_what_cannot_be_planned_is_named(tmp_path: Path, fields: dict[str, Any], processes: int, message: str) -> None:

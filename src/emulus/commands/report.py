@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from emulus.errors import EmulusError
 from emulus.evaluate.report import write_report
 from emulus.evaluate.run_report import run_report
 from emulus.flags import parse_flags
@@ -31,5 +32,7 @@ def report(arguments: Sequence[str]) -> None:
     """``emulus report RUN [--out FILE]``: prints the page's path."""
     options = parse_flags(ReportOptions, arguments, program="emulus report")
     out = options.out or options.run / "report.html"
+    if out.is_dir():
+        raise EmulusError(f"--out {out} is a folder; name a file, such as {out / 'report.html'}")
     write_report(run_report(options.run), out)
     print(out)

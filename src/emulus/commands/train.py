@@ -12,13 +12,15 @@ import tyro
 from emulus.config import from_flags
 from emulus.data.tokenize import tokenize as run_tokenize
 from emulus.data.tokenize_config import TokenizeConfig
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, did_you_mean, shown
 from emulus.recipes import RECIPES, Recipe, recipe
 from emulus.train.plan import describe_plan
 from emulus.train.pretrain import pretrain as run_pretrain
 from emulus.train.tokenizer import train_tokenizer
 
 Config = TypeVar("Config")
+
+MOST_PROCESSES = 10**6
 
 
 def tokenizer_train(arguments: Sequence[str]) -> None:
@@ -66,7 +68,9 @@ def _of_sources(sources: Sequence[str], flags: Sequence[str]) -> TokenizeConfig:
         )
     first = sources[0] if sources else ""
     if sources and not Path(first).exists() and not any(letter in first for letter in "*?[/\\"):
-        raise EmulusError(f"{first!r} is neither a recipe nor a data set that is here{did_you_mean(first, RECIPES)}")
+        raise EmulusError(
+            f"{shown(first)} is neither a recipe nor a data set that is here{did_you_mean(first, RECIPES)}"
+        )
     required: Any = tyro.MISSING
     return TokenizeConfig(sources=tuple(map(Path, sources)) or (Path("SOURCES"),), out=required)
 
@@ -86,13 +90,24 @@ def pretrain(arguments: Sequence[str]) -> None:
 
 
 def _dry_run(words: list[str]) -> tuple[int | None, list[str]]:
-    """The number after ``--dry-run`` (0 if there is none; None without the flag), and the other words."""
-    if "--dry-run" not in words:
+    """The number after ``--dry-run`` (0 if there is none; None without the flag), and the other words.
+
+    Raises:
+        EmulusError: What follows is neither a number of processes nor a flag: it would become a value of the flag
+            before.
+    """
+    found = next((place for place, word in enumerate(words) if word.split("=")[0] == "--dry-run"), None)
+    if found is None:
         return None, words
-    place = words.index("--dry-run")
-    following = words[place + 1 : place + 2]
-    number = int(following[0]) if following and following[0].isdigit() else 0
-    return number, words[:place] + words[place + (2 if number else 1) :]
+    _, equals, value = words[found].partition("=")
+    following = words[found + 1 : found + 2]
+    takes = not equals and bool(following) and not following[0].startswith("--")
+    value = following[0] if takes else value
+    if (takes or equals) and not (value.isascii() and value.isdigit() and 0 < int(value[:9]) <= MOST_PROCESSES):
+        raise EmulusError(
+            f"--dry-run takes a number of processes from 1 to {MOST_PROCESSES:,}, or no value, got {shown(value)}"
+        )
+    return int(value or 0), words[:found] + words[found + (2 if takes else 1) :]
 
 
 def take_recipe(arguments: Sequence[str], verb: str) -> tuple[Recipe, list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emulus.data.item import Item, Kind, Question, Split
 from emulus.data.media_dataset import decode_item, shifted, to_pixels, whole_codes
+from emulus.data.origin import Seen, file_state, origin_of, see
 from emulus.data.records import Ids32, Record, Role, ShardLine, Skipped, Span, shard_name, write_shard
 from emulus.data.tables import plain_name
 from emulus.data.tokenize_config import TokenizeConfig
@@ -112,14 +113,20 @@ class Encoder:
             EmulusError: What holds the items is gone, or the disk refuses.
         """
         skipped: list[Skipped] = []
-        records = self._texts(unit, skipped) if unit.kind == "text" else self._media(unit, skipped)
+        seen: list[Seen] = []
+        records = self._texts(unit, skipped, seen) if unit.kind == "text" else self._media(unit, skipped, seen)
         figures = write_shard(self.config.out / unit.name, records, skipped)
         # Every view of an item, and every part of a text, may be wrong in the same way.
-        return ShardLine(name=unit.name, **asdict(figures), skipped=tuple(dict.fromkeys(skipped)))
+        return ShardLine(
+            name=unit.name,
+            **asdict(figures),
+            skipped=tuple(dict.fromkeys(skipped)),
+            origin=origin_of(unit.items, seen),
+        )
 
-    def _texts(self, unit: Unit, skipped: list[Skipped]) -> Iterator[Record]:
+    def _texts(self, unit: Unit, skipped: list[Skipped], seen: list[Seen]) -> Iterator[Record]:
         most = self.config.max_text_ids
-        for item, ids in self._prepared(unit, self._text, 2 * self.config.batch, skipped):
+        for item, ids in self._prepared(unit, self._text, 2 * self.config.batch, skipped, seen):
             pieces = [ids[start : start + most] for start in range(0, len(ids), most)] if most else [ids]
             for number, piece in enumerate(pieces):
                 name = item.id if len(pieces) == 1 else f"{item.id}#{number}"
@@ -132,11 +139,11 @@ class Encoder:
                     source=item.source,
                 )
 
-    def _media(self, unit: Unit, skipped: list[Skipped]) -> list[Record]:
+    def _media(self, unit: Unit, skipped: list[Skipped], seen: list[Seen]) -> list[Record]:
         done: dict[tuple[int, int], Record] = {}
         waiting: dict[tuple[int, ...], list[_Waiting]] = {}
         ahead = 2 * self.config.batch if unit.kind == "image" else self.config.readers + _CLIPS_AHEAD
-        prepared = self._prepared(unit, self._decoded, ahead, skipped)
+        prepared = self._prepared(unit, self._decoded, ahead, skipped, seen)
         for number, (item, decoded) in enumerate(prepared):
             for view, frames in enumerate(decoded.views):
                 # Pictures of one size make a batch: nothing is padded, and clips are as many frames as pictures.
@@ -150,11 +157,18 @@ class Encoder:
         return [record for _, record in sorted(done.items(), key=lambda pair: pair[0])]
 
     def _prepared(
-        self, unit: Unit, prepare: Callable[[Item], T], ahead: int, skipped: list[Skipped]
+        self, unit: Unit, prepare: Callable[[Item], T], ahead: int, skipped: list[Skipped], seen: list[Seen]
     ) -> Iterator[tuple[Item, T]]:
-        """Every item that can be read and written, prepared in threads while the caller does something else."""
+        """Every item that can be read and written, prepared in threads while the caller does something else.
 
-        def attempt(item: Item) -> T | Skipped:
+        ``skipped`` takes the others; ``seen`` takes of each, in order, what its content was.
+        """
+
+        def attempt(item: Item) -> tuple[T | Skipped, Seen]:
+            before = file_state(item)
+            return prepared(item), see(item, before)
+
+        def prepared(item: Item) -> T | Skipped:
             try:
                 return prepare(item)
             except EmulusError as error:
@@ -167,7 +181,8 @@ class Encoder:
                 return Skipped(item.id, plain_name(str(error)))
 
         found = run_ahead(attempt, unit.items, threads=self.config.readers, ahead=ahead)
-        for item, result in zip(unit.items, found, strict=True):
+        for item, (result, look) in zip(unit.items, found, strict=True):
+            seen.append(look)
             if isinstance(result, Skipped):
                 skipped.append(result)
             else:

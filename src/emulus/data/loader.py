@@ -9,11 +9,12 @@ step begins is two numbers, the window and the row in it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from emulus.codec import decode_fields
 from emulus.data.mixture import ENDS, Branch, Longest, Mixture, Numbers, Part, Source, Spans, parse_part
 from emulus.data.order import hashed, mixed, shuffled, uniform
 from emulus.data.records import REMEDY, Ids32, Record
@@ -47,7 +49,8 @@ NO_WORDS = -1
 
 # What the draws of a run are for; each has numbers of its own.
 _ORDER, _DOCUMENT, _ROWS = 1, 2, 3
-_START = {"step": 0, "window": 0, "row": 0}
+_MOST_PLACES = 2**48
+"""Documents of a run; far more than any reads, and few enough to count with."""
 _PLANS_KEPT = 8
 _STEPS_AHEAD = 4
 
@@ -77,9 +80,47 @@ class ReadingConfig:
     def __post_init__(self) -> None:
         at_least(1, turns=self.turns)
         at_least(0, visual_weight=self.visual_weight, answer_weight=self.answer_weight)
+        for name in ("visual_weight", "answer_weight"):
+            if math.isinf(getattr(self, name)):
+                raise EmulusError(f"{name} must be finite, got {getattr(self, name)}")
         for name in ("caption_first", "null_caption", "question"):
             if not 0 <= getattr(self, name) <= 1:
                 raise EmulusError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingState:
+    """Where a step begins, and the settings that it is the right place for: in others it would be another one.
+
+    Attributes:
+        step: The step.
+        window: Its first row's window.
+        row: And which of the window's rows that is.
+        window_size: Documents that are packed together.
+        row_tokens: Most ids in a row.
+        seed: Of the order; None where an older version of Emulus noted neither it nor the following ones.
+        caption_first: As in :class:`ReadingConfig`; decides how long documents are, like the rest.
+        null_caption: Likewise.
+        question: Likewise.
+        turns: Likewise.
+    """
+
+    step: int
+    window: int
+    row: int
+    window_size: int
+    row_tokens: int
+    seed: int | None = None
+    caption_first: float | None = None
+    null_caption: float | None = None
+    question: float | None = None
+    turns: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(0, step=self.step, window=self.window, row=self.row)
+        at_least(1, window_size=self.window_size, row_tokens=self.row_tokens)
+        if self.window * self.window_size >= _MOST_PLACES:
+            raise EmulusError(f"window {self.window} is further than any run reads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,8 +448,8 @@ class Loader:
         longest = mixture.longest()
         if longest.tokens > row_tokens:
             raise EmulusError(
-                f"{longest.name} makes a document of {longest.tokens} ids but a row holds {row_tokens}: "
-                "raise --row-tokens, or tokenize at a smaller size, fewer frames or shorter texts"
+                f"{longest.name} makes a document of {longest.tokens} ids but a row holds {row_tokens}: raise "
+                f"--row-tokens; or {longest.remedy(row_tokens)} and another --out"
             )
         self.mixture = mixture
         self.rows_per_step = rows_per_step
@@ -417,8 +458,19 @@ class Loader:
         self._reader = Reader(mixture, reading)
         self._threads = threads
         self._lock = threading.Lock()
-        self._packing = {"window_size": window, "row_tokens": row_tokens}
-        self._begin(_read_state(state or {**_START, **self._packing}, self._packing))
+        self._start = ReadingState(
+            step=0,
+            window=0,
+            row=0,
+            window_size=window,
+            row_tokens=row_tokens,
+            seed=seed,
+            caption_first=reading.caption_first,
+            null_caption=reading.null_caption,
+            question=reading.question,
+            turns=reading.turns,
+        )
+        self._begin(self._start if state is None else _read_state(state, self._start))
         self._next = self._step
         self._ahead: Iterator[StepRows] | None = None
 
@@ -454,11 +506,11 @@ class Loader:
             sources=dict(zip(names, sizes.tolist(), strict=True)),
         )
 
-    def state(self, step: int) -> dict[str, int]:
+    def state(self, step: int) -> dict[str, Any]:
         """Where a step begins: a loader made with it starts there at once, on any number of processes."""
         with self._lock:
             window, row = self._find(step, 0)
-        return {"step": step, "window": window, "row": row, **self._packing}
+        return asdict(replace(self._start, step=step, window=window, row=row))
 
     def close(self) -> None:
         """Stop reading in the background."""
@@ -472,17 +524,19 @@ class Loader:
             found = [self._find(step, number) for number in self.numbers]
             return [(self._planner.plan(window), row) for window, row in found]
 
-    def _begin(self, state: Mapping[str, int]) -> None:
+    def _begin(self, state: ReadingState) -> None:
         """Count rows from the beginning of a step on."""
-        self._step, self._window = state["step"], state["window"]
+        if state.row and state.row >= len(self._planner.plan(state.window).rows):
+            raise EmulusError(f"{_NO_STATE} (its window has no row {state.row}); {_OTHER_CHECKPOINT}")
+        self._step, self._window = state.step, state.window
         # Rows before each known window and, at last, before the next; counted from the first row of that step.
-        self._before = [-state["row"]]
+        self._before = [-state.row]
 
     def _find(self, step: int, number: int) -> tuple[int, int]:
         """The window of a step's row, and which of its rows it is."""
         if step < self._step:
             at_least(0, step=step)
-            self._begin(_START)
+            self._begin(self._start)
         row = (step - self._step) * self.rows_per_step + number
         while self._before[-1] <= row:
             rows = len(self._planner.plan(self._window + len(self._before) - 1).rows)
@@ -491,17 +545,27 @@ class Loader:
         return self._window + place, row - self._before[place]
 
 
-def _read_state(state: Mapping[str, Any], packing: Mapping[str, int]) -> Mapping[str, int]:
-    """A state that a loader of the same packing gave: in other windows and rows it would be another place."""
-    values = [state.get(name) for name in (*_START, *packing)]
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
-        raise EmulusError(f"{dict(state)} is no state of a loader; resume from another checkpoint")
-    for name, value in packing.items():
-        if state[name] != value:
-            flag = "window" if name == "window_size" else name
+_NO_STATE = "this is no state of a loader"
+_OTHER_CHECKPOINT = "go on from another checkpoint"
+
+
+def _read_state(values: Mapping[str, Any], now: ReadingState) -> ReadingState:
+    """A state that a loader of the same settings gave.
+
+    Raises:
+        EmulusError: It is damaged, or of other settings.
+    """
+    try:
+        state = decode_fields(ReadingState, values, "it")
+    except EmulusError as error:
+        raise EmulusError(f"{_NO_STATE} ({error}); {_OTHER_CHECKPOINT}") from None
+    for field in fields(ReadingState)[3:]:
+        before, value = getattr(state, field.name), getattr(now, field.name)
+        if before is not None and before != value:
             raise EmulusError(
-                f"{flag} was {state[name]} in this run so far and cannot become {value}: documents would be read twice "
-                f"or not at all; keep it, or start a new run with --init"
+                f"{'window' if field.name == 'window_size' else field.name} was {before} in this run so far and cannot "
+                f"become {value}: documents would be read twice or not at all; keep it, or start a new run: another "
+                "--out, with --init naming this one"
             )
     return state
 
@@ -569,9 +633,12 @@ def held_out(mixture: Mixture, count: int, reading: ReadingConfig, row_tokens: i
     documents = Documents(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
     for number in np.flatnonzero(documents.lengths > row_tokens).tolist():
         record = held.read(int(documents.source[number]), [int(documents.record[number])])[0]
+        length = int(documents.lengths[number])
+        media = sum(map(len, record.of("media")))
+        longest = Longest(length, record.id, record.kind, length - media - ENDS)
         raise EmulusError(
-            f"{record.id}, which is held out, makes a document of {documents.lengths[number]} ids but a row holds "
-            f"{row_tokens}: raise --row-tokens, or tokenize at a smaller size"
+            f"{record.id}, which is held out, makes a document of {length} ids but a row holds {row_tokens}: raise "
+            f"--row-tokens; or {longest.remedy(row_tokens)} and another --out"
         )
     reader = Reader(held, reading)
     return [reader.row(documents, row) for row in pack(documents.lengths.tolist(), row_tokens)]

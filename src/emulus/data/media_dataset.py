@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,7 +12,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from emulus.codec import decode
 from emulus.data.item import Item, checked_fps
+from emulus.data.origin import files_digest
 from emulus.errors import EmulusError
 from emulus.log import logger
 from emulus.media import LIMITS, Clip, fit, read_image, read_video, resample, resize, smart_resize
@@ -64,6 +67,26 @@ class MediaDataset:
             self._room -= frames.numel()
             self._cache[index] = frames
         return frames
+
+
+def media_state(*datasets: MediaDataset | None) -> str:
+    """SHA-256 of the sizes and times of the files that hold the media."""
+    items = [item for data in datasets if data is not None for item in data.items]
+    return files_digest(items, linked=False)
+
+
+def warn_of_other_media(state: Mapping[str, Any], now: str) -> None:
+    """Say that a run goes on with other files than it began with, if so.
+
+    Args:
+        state: What a checkpoint says, with :func:`media_state` as ``files``; older ones say nothing.
+        now: What it is now.
+    """
+    before = decode(str, state.get("files", now), "files")
+    if before != now:
+        logger.warning(
+            "the media were changed, touched or copied since this run began; it goes on with them as they are now"
+        )
 
 
 def decode_item(

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from emulus.data.records import LETTERS, REMEDY, Kind, Record, Shard, ShardLine, read_lengths
 from emulus.data.source import even
 from emulus.data.tokens import TokenizedItem, Tokens
-from emulus.errors import EmulusError, did_you_mean
+from emulus.errors import EmulusError, did_you_mean, shown
+from emulus.files import check_path
 from emulus.sequence.templates import NATIVE
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
@@ -67,28 +68,59 @@ class Part:
 def parse_part(text: str) -> Part:
     """Read ``FOLDER[:KIND][=WEIGHT]``, such as ``runs/tokens:image=0.7``.
 
+    A path that exists is taken as it is, whatever letters it has: ``lr=0.1-tokens``, ``mine:v2`` and, beside a folder
+    ``mine``, ``mine=2`` (the weight 2 of ``mine`` is then written ``mine=2.0``).
+
     Raises:
-        EmulusError: The kind is unknown or the weight is none.
+        EmulusError: There is no such folder, and read as a part it has an unknown kind or a weight that is not a
+            number of 0 or more. A part that makes sense may be missing.
     """
-    folder, equals, number = text.rpartition("=")
-    weight = None
-    if equals:
-        try:
-            weight = float(number)
-        except ValueError:
-            raise EmulusError(f"'{text}': the weight {number!r} is no number; write FOLDER:KIND=0.7") from None
-        if not 0 <= weight < math.inf:
-            raise EmulusError(f"'{text}': the weight must be 0 or more, got {number}")
-    else:
-        folder = text
+    check_path(text, "a tokens folder")
+    if not text:
+        raise EmulusError("a tokens folder without a name; write FOLDER, FOLDER:KIND or FOLDER:KIND=0.7")
+    if _exists(text):
+        return Part(folder=Path(text))
+    folder, weight = text, None
+    before, equals, number = text.rpartition("=")
+    if equals and not _has_separator(number):
+        folder, weight = before, _weight(text, number)
+    if weight is not None and folder and _exists(folder):
+        return Part(folder=Path(folder), weight=weight)
     path, colon, kind = folder.rpartition(":")
-    if not colon or "/" in kind or "\\" in kind:
+    if not colon or _has_separator(kind):
         path, kind = folder, "all"
     if kind not in PART_KINDS:
-        raise EmulusError(f"'{text}': there are no records of kind {kind!r}{did_you_mean(kind, PART_KINDS)}")
+        raise EmulusError(
+            f"there is no folder {shown(folder)}, and no records of kind {shown(kind)}"
+            f"{did_you_mean(kind, PART_KINDS)}; name a folder that emulus tokenize made, or FOLDER:KIND=0.7"
+        )
     if not path:
-        raise EmulusError(f"'{text}' names no folder; write FOLDER:KIND=0.7")
+        raise EmulusError(f"{shown(text)} names no folder; write FOLDER, FOLDER:KIND or FOLDER:KIND=0.7")
     return Part(folder=Path(path), kind=kind, weight=weight)
+
+
+def _weight(text: str, number: str) -> float:
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight < math.inf:
+        raise EmulusError(
+            f"there is no folder {shown(text)}, and {shown(number)} is not a weight, a number of 0 or more; name a "
+            "folder that emulus tokenize made, or FOLDER:KIND=0.7"
+        )
+    return weight
+
+
+def _has_separator(text: str) -> bool:
+    return "/" in text or "\\" in text
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 class Branch(NamedTuple):
@@ -108,10 +140,39 @@ class Branch(NamedTuple):
 
 
 class Longest(NamedTuple):
-    """The longest document that a mixture can give: how many ids, and the name of its record."""
+    """The longest document that a mixture can give.
+
+    Attributes:
+        tokens: Its ids.
+        name: Its record and part.
+        kind: Of the record.
+        words: How many of the ids are words; the others are the medium's, BOS and EOS.
+    """
 
     tokens: int
     name: str
+    kind: Kind = "text"
+    words: int = 0
+
+    def remedy(self, most: int) -> str:
+        """What makes its documents short enough, as the end of a sentence.
+
+        Args:
+            most: Ids that a document may have.
+        """
+        leave_out = f"leave such items out with emulus tokenize --max-ids {most}"
+        if self.kind == "text":
+            return f"divide long texts with emulus tokenize --max-text-ids {most - ENDS}, or {leave_out}"
+        too_wordy = self.words + ENDS >= most
+        too_large = self.tokens - self.words > most
+        smaller = "tokenize at a smaller --size (or --area)" + (
+            " or fewer --max-frames" if self.kind == "video" else ""
+        )
+        if too_wordy and not too_large:
+            return f"{self.words} of them are words: shorten those, or {leave_out}"
+        if too_large and not too_wordy:
+            return f"{smaller}, or {leave_out}"
+        return f"shorten its {self.words} ids of words and {smaller}, or {leave_out}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -265,6 +326,11 @@ class Mixture:
                 shard is missing or damaged; or weights sum to zero.
         """
         parsed = [parse_part(text) for text in parts]
+        for text, part in zip(parts, parsed, strict=True):
+            if not part.folder.exists() and str(part.folder) != text:
+                raise EmulusError(
+                    f"neither {shown(text)} nor {shown(str(part.folder))} is a folder; make tokens with emulus tokenize"
+                )
         names = [part.name for part in parsed]
         if not parsed:
             raise EmulusError("there is nothing to read; name at least one folder made by emulus tokenize")
@@ -336,8 +402,11 @@ class Mixture:
         found = [(*source.longest, number) for number, source in enumerate(self.sources)]
         if not found:
             return Longest(0, "")
-        tokens, record, number = max(found)
-        return Longest(tokens, f"{self.read(number, [record])[0].id} of {self.sources[number].part.name}")
+        tokens, place, number = max(found)
+        (record,) = self.read(number, [place])
+        media = sum(map(len, record.of("media")))
+        name = f"{record.id} of {self.sources[number].part.name}"
+        return Longest(tokens, name, record.kind, tokens - media - ENDS)
 
     def pictures(self, split: str, count: int) -> list[TokenizedItem]:
         """At most so many pictures of a split that have captions, evenly spread."""

@@ -30,13 +30,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from emulus.errors import EmulusError
+from emulus.codec import decode_fields, parse_json
+from emulus.data.origin import Origin
+from emulus.errors import EmulusError, at_least, shown
 from emulus.files import disk_errors, fsync, write_file
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 Kind = Literal["text", "image", "video"]
 Role = Literal["text", "caption", "question", "answer", "media"]
@@ -49,6 +46,7 @@ LENGTHS_SUFFIX = ".lengths.safetensors"
 LETTERS: dict[Role, int] = {"text": ord("t"), "caption": ord("c"), "question": ord("q"), "answer": ord("a")}
 """How roles are written in the lengths file; ``media`` is ``m``, and stands in records only."""
 REMEDY = "delete it and run the same tokenize command again"
+_AGAIN = "tokenize again, to another folder"
 
 _CODES: dict[Role, int] = {**LETTERS, "media": ord("m")}
 _ROLES: dict[int, Role] = {code: role for role, code in _CODES.items()}
@@ -63,6 +61,8 @@ _READER = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 1 << 15
 _NAME = re.compile(rf"(train|validation|test)-(text|image|video)-[0-9]{{5,12}}{re.escape(SUFFIX)}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_LINE = 2**27
+"""Bytes of a line of the manifest: thousands of items that were left out, each with a reason, have some megabytes."""
 _TAIL = 1 << 16
 """Bytes at the manifest's end that are looked at at once for the end of its last whole line."""
 _LENGTHS = {"media": np.uint32, "offsets": np.uint64, "lengths": np.uint32, "roles": np.uint8}
@@ -123,7 +123,8 @@ class ShardFigures:
     sha256: str
 
 
-class Skipped(NamedTuple):
+@dataclass(frozen=True)
+class Skipped:
     """An item that could not be read or written, and why."""
 
     id: str
@@ -141,6 +142,7 @@ class ShardLine:
         rows: Likewise.
         tokens: Likewise.
         skipped: What was left out.
+        origin: What it was made from; None where an older version of Emulus made it, which did not note that.
     """
 
     name: str
@@ -149,6 +151,14 @@ class ShardLine:
     rows: int
     tokens: int
     skipped: tuple[Skipped, ...] = ()
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise EmulusError(f"{shown(self.name)} is not the name of a shard")
+        if not _SHA256.fullmatch(self.sha256):
+            raise EmulusError(f"{shown(self.sha256)} is not a SHA-256")
+        at_least(0, bytes=self.bytes, rows=self.rows, tokens=self.tokens)
 
     @property
     def split(self) -> str:
@@ -391,7 +401,9 @@ def add_to_manifest(folder: Path, line: ShardLine) -> None:
         EmulusError: The disk is full, or the folder may not be written to.
     """
     path = folder / MANIFEST
-    values = {**asdict(line), "skipped": [skipped._asdict() for skipped in line.skipped]}
+    values = asdict(line)
+    if line.origin is None:
+        del values["origin"]
     with disk_errors(path), path.open("a+b") as file:
         # What a crash tore would swallow this line.
         file.truncate(end_of_lines(file))
@@ -414,62 +426,40 @@ def end_of_lines(file: BinaryIO) -> int:
     return 0
 
 
-@contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Keep other runs from writing to a tokens folder. The system ends this with the process, however it ends.
-
-    Where there are no locks, as on Windows and some network disks, nothing is kept.
-
-    Raises:
-        EmulusError: Another run writes to it.
-    """
-    path = folder / MANIFEST
-    with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EmulusError(
-                    f"another run is writing to {folder}; wait until it has ended, or choose another --out"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-        yield
-
-
 def read_manifest(folder: Path) -> list[ShardLine]:
     """The finished shards in order; of two lines for one shard the later holds.
 
     A last line without its end was torn by a crash and does not count. A folder without a manifest has no shards.
 
     Raises:
-        EmulusError: A line is none of ours.
+        EmulusError: The manifest cannot be read, or a line is not one of ours.
     """
     path = folder / MANIFEST
+    if path.exists() and not path.is_file():
+        raise EmulusError(f"{path} is not a file; {_AGAIN}")
+    found = {}
     try:
-        whole, _, _ = path.read_bytes().rpartition(b"\n")
+        with path.open("rb") as file:
+            number = 0
+            while text := file.readline(_MOST_LINE):
+                number += 1
+                if len(text) == _MOST_LINE:
+                    raise EmulusError(f"{path} line {number} is damaged: it has no end; {_AGAIN}")
+                if text.endswith(b"\n"):
+                    line = _parse_line(text, f"{path} line {number}")
+                    found[line.name] = line
     except FileNotFoundError:
         return []
-    found = {}
-    for number, text in enumerate(whole.split(b"\n") if whole else (), start=1):
-        try:
-            values = json.loads(text)
-            skipped = tuple(Skipped(**each) for each in values.pop("skipped"))
-            line = ShardLine(**values, skipped=skipped)
-            if not (_NAME.fullmatch(line.name) and _SHA256.fullmatch(line.sha256)):
-                raise ValueError(f"no shard is called {line.name!r}, or {line.sha256!r} is no SHA-256")
-            if any(type(count) is not int or count < 0 for count in (line.bytes, line.rows, line.tokens)):
-                raise ValueError("a count is no whole number")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise EmulusError(
-                f"{path} line {number} is damaged ({error}); delete that line and tokenize again"
-            ) from None
-        found[line.name] = line
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be read ({error.strerror}); restore it") from None
     return sorted(found.values(), key=lambda line: (line.split, line.kind, line.number))
+
+
+def _parse_line(text: bytes, where: str) -> ShardLine:
+    try:
+        return decode_fields(ShardLine, parse_json(text, "it", remedy="restore it"), "it")
+    except EmulusError as error:
+        raise EmulusError(f"{where} is damaged ({error}); delete that line and tokenize again") from None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

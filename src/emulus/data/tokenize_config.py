@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from emulus.data.item import SPLITS
+from emulus.data.item import SPLITS, checked_fps
 from emulus.errors import EmulusError, at_least, did_you_mean
 
+MOST_SIDE = 2**14
+"""Pixels of a side; far more than any model draws."""
 Engine = Literal["local", "daft"]
 
 
@@ -69,6 +71,12 @@ class TokenizeConfig:
         at_least(1, workers=self.workers, readers=self.readers)
         at_least(0, fps=self.fps, max_frames=self.max_frames, max_text_ids=self.max_text_ids, area=self.area)
         at_least(0, shift=self.shift, seed=self.seed, max_ids=self.max_ids)
+        if self.fps:
+            checked_fps(self.fps, "--fps")
+        if self.size > MOST_SIDE or self.area > MOST_SIDE**2 or self.shift > MOST_SIDE:
+            raise EmulusError(f"size and shift are at most {MOST_SIDE:,} pixels, area {MOST_SIDE**2:,}")
+        if not self.splits:
+            raise EmulusError(f"no split is named; choose from {', '.join(SPLITS)}")
         if not self.sources:
             raise EmulusError("no source is named; give at least one data set")
         for split in self.splits:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from emulus.codec import as_mapping, decode_fields
 from emulus.data.records import (
     MANIFEST,
     REMEDY,
@@ -37,7 +38,36 @@ from emulus.tokenizer.vision.weights import PAINTS
 from emulus.tokenizer.vocabulary import Vocabulary
 
 SETTINGS = "tokens.json"
+MAKING = "making.json"
+"""The settings, until the folder is finished."""
 _RECORDS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeWith:
+    """What is read of ``tokens.json`` and ``making.json`` beside the settings themselves.
+
+    Attributes:
+        vision_sha256: See :func:`vision_digest`; empty where there is no vision tokenizer.
+        text_sha256: See :func:`text_digest`; empty until there is a text tokenizer, and in folders of older versions.
+    """
+
+    vision_sha256: str = ""
+    text_sha256: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> MadeWith:
+        """Read either file.
+
+        Raises:
+            EmulusError: It is missing or damaged.
+        """
+        values = read_json(path)
+        try:
+            known = {name: value for name, value in as_mapping(values, "it").items() if value is not None}
+            return decode_fields(cls, known, "it", ignore=known)
+        except EmulusError as error:
+            raise EmulusError(f"{path} holds no settings ({error}); tokenize again, to another folder") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +105,11 @@ class Tokens:
             EmulusError: It is not one, not finished, or a part of it is missing or damaged.
         """
         if not (folder / SETTINGS).exists():
-            what = (
-                "is not finished: run the same tokenize command to go on"
-                if (folder / "making.json").exists()
-                else "holds no tokens: make them with emulus tokenize"
-            )
-            raise EmulusError(f"{folder} {what}")
-        settings = read_json(folder / SETTINGS)
-        if not isinstance(settings, dict):
-            raise EmulusError(f"{folder / SETTINGS} holds no settings; tokenize again, to another folder")
+            what = "holds no tokens: make them with emulus tokenize"
+            if (folder / MAKING).exists():
+                what = "is not finished: run the same tokenize command to go on"
+            raise EmulusError(f"{folder} {what if folder.exists() else f'does not exist, so it {what}'}")
+        made = MadeWith.read(folder / SETTINGS)
         if not (folder / MANIFEST).exists():
             raise EmulusError(
                 f"{folder} has no {MANIFEST}: it is damaged, or an older version of Emulus made it; tokenize again, to "
@@ -96,11 +122,16 @@ class Tokens:
                 f"{folder}: the text tokenizer has {text.size} ids, the vocabulary {vocabulary.text_size} for text; "
                 "tokenize again, to another folder"
             )
+        if made.text_sha256 and made.text_sha256 != text_digest(text, vocabulary):
+            raise EmulusError(
+                f"{folder}: the text tokenizer or the vocabulary is not the one that its ids were made with; restore "
+                "both, or tokenize again, to another folder"
+            )
         tokens = cls(
             folder=folder,
             text=text,
             vocabulary=vocabulary,
-            vision_sha256=str(settings.get("vision_sha256") or ""),
+            vision_sha256=made.vision_sha256,
             lines=tuple(read_manifest(folder)),
         )
         tokens._check_sizes()
@@ -141,9 +172,7 @@ class Tokens:
 
     def digest(self) -> str:
         """SHA-256 of what ids mean: the vocabulary, the text tokenizer's pieces and the vision tokenizer."""
-        digest = hashlib.sha256(json.dumps(self.vocabulary.to_dict(), sort_keys=True).encode())
-        for piece in self.text.pieces:
-            digest.update(len(piece).to_bytes(4, "little") + piece)
+        digest = _of_text(self.text, self.vocabulary)
         digest.update(self.vision_sha256.encode())
         return digest.hexdigest()
 
@@ -174,6 +203,18 @@ class Tokens:
             raise EmulusError(f"{shard.path} has {len(shard)} rows, {line.rows} were written; {REMEDY}")
         for start in range(0, len(shard), _RECORDS_AT_ONCE):
             yield from shard.read(range(start, min(start + _RECORDS_AT_ONCE, len(shard))))
+
+
+def text_digest(text: TextTokenizer, vocabulary: Vocabulary) -> str:
+    """SHA-256 of what text ids mean: the vocabulary and the text tokenizer's pieces."""
+    return _of_text(text, vocabulary).hexdigest()
+
+
+def _of_text(text: TextTokenizer, vocabulary: Vocabulary) -> hashlib._Hash:
+    digest = hashlib.sha256(json.dumps(vocabulary.to_dict(), sort_keys=True).encode())
+    for piece in text.pieces:
+        digest.update(len(piece).to_bytes(4, "little") + piece)
+    return digest
 
 
 def vision_digest(vision: VisionTokenizer) -> str:

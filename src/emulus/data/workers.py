@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from emulus.codec import decode
 from emulus.data.encoder import Encoder, Unit
-from emulus.data.records import ShardLine, Skipped
+from emulus.data.records import ShardLine
 from emulus.data.tokenize_config import TokenizeConfig
 from emulus.device import pick_device
 from emulus.errors import EmulusError
@@ -165,8 +166,7 @@ def _by_daft(config: TokenizeConfig, units: Sequence[Unit]) -> Generator[ShardLi
         values = json.loads(row["line"])
         if "error" in values:
             raise EmulusError(values["error"])
-        skipped = tuple(Skipped(*each) for each in values.pop("skipped"))
-        yield ShardLine(**values, skipped=skipped)
+        yield decode(ShardLine, values, "a worker's answer")
 
 
 class _DaftEncoder:

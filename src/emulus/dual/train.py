@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from emulus.data.media_dataset import MediaDataset, to_pixels
+from emulus.data.media_dataset import MediaDataset, media_state, to_pixels, warn_of_other_media
 from emulus.data.source import open_source
 from emulus.dual.model import DualConfig, DualEncoder
 from emulus.dual.names import Names, name_of, ranks, texts_of
 from emulus.errors import EmulusError, at_least
+from emulus.files import check_out
 from emulus.log import progress
 from emulus.parallel.processes import start_processes
 from emulus.train.config import TrainConfig
-from emulus.train.loop import train
+from emulus.train.loop import check_run, train
 from emulus.train.objective import Evaluation, Objective, StepLoss
 from emulus.weights import on_meta
 
@@ -120,6 +122,7 @@ class DualObjective(Objective[DualBatch, DualEncoder]):
         if not items:
             raise EmulusError(f"{config.data} has no training pictures")
         self.pictures = MediaDataset(items, size=config.model.size)
+        self._files = media_state(self.pictures)
         # Read once in the order in which they are stored: in another, each costs as much as its whole row group.
         for place in progress(range(len(items)), what="reading pictures"):
             _ = self.pictures[place]
@@ -132,6 +135,14 @@ class DualObjective(Objective[DualBatch, DualEncoder]):
     def fingerprint(self) -> str:
         """Of the training items' names."""
         return hashlib.sha256("\n".join(item.id for item in self.pictures.items).encode()).hexdigest()
+
+    def reading_state(self, step: int) -> dict[str, Any]:
+        """The training pictures' sizes and times, to tell that they changed."""
+        return {"files": self._files}
+
+    def load_reading_state(self, state: dict[str, Any]) -> None:
+        """Say if the pictures are not the same files any more; they are read as they are."""
+        warn_of_other_media(state, self._files)
 
     def batches(self, step: int) -> list[DualBatch]:
         """The next pictures of an order that is drawn anew for every epoch, each varied and with one of its texts."""
@@ -254,4 +265,6 @@ def _shortened(text: str, draw: np.random.Generator, share: float) -> str:
 
 def train_dual(config: DualTrainConfig) -> Path:
     """Run (or go on with) the training; the folder of the final encoder. See :func:`emulus.train.loop.train`."""
+    check_run(config.out)
+    check_out(config.out, data_set=config.data)
     return train(config.train, DualObjective(config), config.out)

@@ -105,7 +105,8 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def _span(values: Sequence[float]) -> tuple[float, float]:
     """Least and greatest; never the same, so that there is something to divide by."""
     low, high = min(values), max(values)
-    return (low, high) if high - low > 1e-9 * max(abs(low), abs(high), 1e-9) else (low - 0.5, high + 0.5)
+    room = max(0.5, 1e-6 * abs(low))
+    return (low, high) if high - low > 1e-9 * max(abs(low), abs(high), 1e-9) else (low - room, high + room)
 
 
 def _number(value: float) -> str:

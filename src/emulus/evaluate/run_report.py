@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emulus.codec import MAX_YAML_BYTES, as_mapping
 from emulus.config import read_yaml
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, one_line, shown
 from emulus.evaluate.curves import learning_curves, step_curves
 from emulus.evaluate.report import Block, Gallery, Listing, Report, Section, Shot, Table, Text, Tile
+from emulus.files import read_bytes
 from emulus.media import read_image
 from emulus.train.checkpoint import complete_checkpoints
 from emulus.train.metrics import METRICS_FILE, read_metrics
@@ -38,15 +41,16 @@ def run_report(run: Path) -> Report:
         EmulusError: It is no run's folder, or its config is damaged.
     """
     config = _config(run)
-    lines = read_metrics(run)
+    damage = Counter[str]()
+    lines = read_metrics(run, damage)
     return Report(
-        title=f"Training of {run.resolve().name}",
-        text=f"{run}, as it was on {time.strftime('%Y-%m-%d at %H:%M')}. Lines are training batches, averaged over "
-        "neighbouring steps; points are held-out data.",
+        title=f"Training of {one_line(run.resolve().name)}",
+        text=f"{one_line(str(run))}, as it was on {time.strftime('%Y-%m-%d at %H:%M')}. Lines are training batches, "
+        "averaged over neighbouring steps; points are held-out data.",
         sections=tuple(
             section
             for section in (
-                _summary(run, config, lines),
+                _summary(run, config, lines, damage),
                 *_curves(lines),
                 _evaluations(lines),
                 _sheets(run),
@@ -64,31 +68,36 @@ def _config(run: Path) -> Mapping[str, Any]:
         inside = sorted(file.parent for depth in ("*", "*/*") for file in run.glob(f"{depth}/{METRICS_FILE}"))[:9]
         hint = f": name one of {', '.join(map(str, inside))}" if inside else "; name the --out of a training command"
         raise EmulusError(f"{run} is no training run (it has neither {CONFIG_FILE} nor {METRICS_FILE}){hint}")
-    config = read_yaml(path) if path.exists() else {}
-    if not isinstance(config, dict):
-        raise EmulusError(f"{path} is damaged: it holds no fields; restore it, or move it away to report without it")
-    return config
+    try:
+        return as_mapping(read_yaml(path), "it") if path.exists() else {}
+    except EmulusError as error:
+        raise EmulusError(f"{path} is damaged ({error}); restore it, or move it away to report without it") from None
 
 
-def _summary(run: Path, config: Mapping[str, Any], lines: Lines) -> Section:
+def _summary(run: Path, config: Mapping[str, Any], lines: Lines, damage: Mapping[str, int]) -> Section:
     train = [line for line in lines if line["kind"] == "train"]
     rows = [("What", _what(config)), ("State", _state(run, config, train))]
     if train:
         rows += _totals(train)
     checkpoints = complete_checkpoints(run / "checkpoints")
     rows.append(("Newest checkpoint", checkpoints[-1].name if checkpoints else "none yet"))
+    if any(damage.values()):
+        found = f"{damage['lines']:,} lines and {damage['values']:,} single values"
+        rows.append(("Damaged", f"{found} of {METRICS_FILE} were left out"))
     blocks: list[Block] = [Table(rows=tuple(rows))]
     path = run / CONFIG_FILE
     if path.exists():
-        blocks.append(Listing(title=CONFIG_FILE, text=path.read_text(encoding="utf-8", errors="replace").rstrip()))
+        text = read_bytes(path, most=MAX_YAML_BYTES).decode("utf-8-sig", errors="replace")
+        blocks.append(Listing(title=CONFIG_FILE, text=text.rstrip()))
     return Section(title="The run", blocks=tuple(blocks))
 
 
 def _what(config: Mapping[str, Any]) -> str:
     if "size" in config and "row_tokens" in config:
-        return f"a decoder of size {config['size']}, context {config.get('context', '?')}"
+        size, context = (shown(config.get(name, "?"), quote=False) for name in ("size", "context"))
+        return f"a decoder of size {size}, context {context}"
     if "codebook" in config:
-        return f"a vision tokenizer, at {config.get('size', '?')} pixels"
+        return f"a vision tokenizer, at {shown(config.get('size', '?'), quote=False)} pixels"
     return "a training run"
 
 
@@ -98,7 +107,7 @@ def _state(run: Path, config: Mapping[str, Any], train: Lines) -> str:
     step, loop = train[-1]["step"], config.get("train")
     steps = loop.get("steps") if isinstance(loop, dict) else None
     written = time.strftime("%Y-%m-%d at %H:%M", time.localtime((run / METRICS_FILE).stat().st_mtime))
-    if not isinstance(steps, int):
+    if type(steps) is not int:
         return f"step {step:,} on {written}"
     return f"finished: {step:,} steps" if step >= steps else f"step {step:,} of {steps:,} on {written}"
 
@@ -143,7 +152,7 @@ def _curves(lines: Lines) -> list[Section]:
 
 def _evaluations(lines: Lines) -> Section:
     found = [line for line in lines if line["kind"] == "evaluation"]
-    names = sorted({name for line in found for name in line} - {"step", "kind"})
+    names = sorted({name for line in found for name in line} - {"step", "kind", "text"})
     rows = tuple(
         (f"{line['step']:,}", *(f"{line[name]:.4g}" if name in line else "" for name in names)) for line in found
     )

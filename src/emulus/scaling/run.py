@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 
 from emulus.config import read_yaml, to_dict
 from emulus.data.loader import held_out
-from emulus.data.mixture import Mixture
+from emulus.data.mixture import Mixture, parse_part
 from emulus.errors import EmulusError
-from emulus.files import write_json
+from emulus.files import check_out, write_json
 from emulus.log import logger
 from emulus.model.config import sized
 from emulus.parallel.processes import running
@@ -23,8 +25,8 @@ from emulus.scaling.ladder import ALL, Findings, Foretold, Measured, Planned, Sc
 from emulus.scaling.page import write_page
 from emulus.scaling.rate import counted_parameters, rate_at_width
 from emulus.sequence import modalities
-from emulus.train.loop import train
-from emulus.train.metrics import read_metrics
+from emulus.train.loop import check_run, hold_folder, train
+from emulus.train.metrics import METRICS_FILE, read_metrics
 from emulus.train.pretrain import MODALITIES, PretrainConfig, PretrainObjective
 
 SCALING_FILE = "scaling.json"
@@ -57,11 +59,13 @@ def run_scaling(config: ScalingConfig) -> Path:
     Raises:
         EmulusError: A folder holds a run of other settings, or too few runs are finished to fit anything.
     """
+    _check_out(config)
     planned = plan(config)
     ids = held_out_ids(config.base)
-    with running(config.base.train.parallel, config.base.train.device) as processes:
+    with ExitStack() as held, running(config.base.train.parallel, config.base.train.device) as processes:
         if not config.fit_only:
             _check_ladder(planned)
+            hold_folder(config.out, processes, held)
             # Decided before the first one starts, so that several processes decide alike.
             todo = [each.config for each in planned if measured(each, ids) is None]
             for number, run in enumerate(todo):
@@ -76,6 +80,19 @@ def run_scaling(config: ScalingConfig) -> Path:
             for line in summary(findings):
                 logger.info(line)
     return page
+
+
+def _check_out(config: ScalingConfig) -> None:
+    """Refuse a folder that cannot be written, that is read, or that another process writes to."""
+    if config.fit_only:
+        check_out(config.out)  # also while the ladder is being trained
+    else:
+        check_run(config.out, config.base.init)
+    for text in config.base.tokens:
+        check_out(config.out, tokens_folder=parse_part(text).folder)
+    for name in (SCALING_FILE, PAGE_FILE):
+        if (config.out / name).is_dir():
+            raise EmulusError(f"{config.out / name} is a folder; choose another --out or move it away")
 
 
 def _check_ladder(planned: Sequence[Planned]) -> None:
@@ -158,15 +175,20 @@ def measured(planned: Planned, held: HeldOut) -> Measured | None:
     run, steps = planned.config.out, planned.config.train.steps
     lines = read_metrics(run)
     losses = {
-        name.removesuffix(_SUFFIX): value
+        name: float(line[f"{name}{_SUFFIX}"])
         for line in lines
         if line["kind"] == "evaluation" and line["step"] == steps
-        for name, value in line.items()
-        if name.endswith(_SUFFIX)
+        for name in held.counts
+        if f"{name}{_SUFFIX}" in line
     }
     if not losses:
         return None
     count = sum(held.counts[name] for name in losses)
+    tokens = sum(round(line.get("tokens", 0)) for line in lines if line["kind"] == "train")
+    if not (count and tokens and all(map(isfinite, losses.values()))):
+        raise EmulusError(
+            f"{run / METRICS_FILE} has no finite losses or no tokens of this run; delete {run} to train it again"
+        )
     losses[ALL] = sum(held.counts[name] * loss for name, loss in losses.items()) / count
     changed = list(_differences(read_yaml(run / "config.yaml"), to_dict(planned.config)))
     if changed:
@@ -175,7 +197,7 @@ def measured(planned: Planned, held: HeldOut) -> Measured | None:
         name=run.name,
         size=planned.size,
         parameters=_parameters(planned.size, held),
-        tokens=sum(round(line["tokens"]) for line in lines if line["kind"] == "train"),
+        tokens=tokens,
         losses=losses,
     )
 

@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from emulus.errors import EmulusError
+from emulus.codec import decode
+from emulus.errors import EmulusError, shown
 from emulus.files import COMPLETE, disk_errors, finish_folder, read_json, remove_folder, write_json, write_text
 from emulus.train.parts import HostCopy, Shapes, WholeTensors, fill, read_table, system_error
 
@@ -48,6 +49,11 @@ WriteModel = Callable[[Mapping[str, Tensor], Path], None]
 _T = TypeVar("_T")
 _PATIENCE = timedelta(hours=2)  # the first process writes the model while the others wait
 _VISIBLE_SECONDS = 10.0  # network file systems show a new folder with a delay
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -114,7 +120,7 @@ class Checkpoints:
         # Now, since the caller may change them.
         text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
         self._copy.take(tensors)
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / step_name(step)
         job = _Job(path=path, values=text, write_model=write_model, model_prefix=model_prefix)
         if self.background:
             self._thread = threading.Thread(target=self._write_and_note, args=(job,), name="checkpoint", daemon=True)
@@ -309,38 +315,36 @@ def _index(shapes: Shapes) -> dict[str, str]:
 
 def _open(path: Path, shapes: Shapes) -> tuple[dict[str, Any], Metadata]:
     """A checkpoint's values and where its tensors lie, once they are the wanted ones and all there."""
-    values, index = _read_object(path, VALUES), _read_object(path, f"{TRAINER}/{INDEX}")
+    values, index = _read(path, VALUES, dict[str, Any]), _read(path, f"{TRAINER}/{INDEX}", dict[str, str])
     wanted = _index(shapes)
     if wrong := sorted(name for name in {*wanted, *index} if wanted.get(name) != index.get(name)):
         there, here = (of.get(wrong[0], "missing") for of in (index, wanted))
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise EmulusError(
-            f"{path} is of another model or other settings ({wrong[0]} is {there} there and {here} here{more}); "
+            f"{path} is of another model or other settings ({shown(wrong[0], quote=False)} is "
+            f"{shown(there, quote=False)} there and {here} here{more}); "
             f"choose another --out, or delete {path.parent} to start over"
         )
     try:
         return values, read_table(path / TRAINER, shapes)
     except EmulusError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def _read(path: Path, name: str, kind: Any) -> Any:
     try:
-        value = read_json(path / name)
+        return decode(kind, read_json(path / name), name)
     except EmulusError as error:
-        raise _damaged(path, error) from None
-    if not isinstance(value, dict):
-        raise _damaged(path, f"{name} is not an object")
-    return value
+        raise damaged(path, error) from None
 
 
 def _fill(path: Path, table: Metadata, tensors: Mapping[str, Tensor]) -> None:
     try:
         fill(tensors, path / TRAINER, table)
     except EmulusError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, reason: object) -> EmulusError:
-    text = " ".join(str(reason).split())
-    return EmulusError(f"{path} is damaged ({text}); delete it to go on from the checkpoint before it")
+def damaged(path: Path, reason: object) -> EmulusError:
+    """What to raise about a checkpoint that cannot be read."""
+    return EmulusError(f"{path} is damaged ({reason}); delete it to go on from the checkpoint before it")

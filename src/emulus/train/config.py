@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from emulus.errors import EmulusError, at_least
+from emulus.errors import EmulusError, at_least, shown
 from emulus.parallel.config import ParallelConfig
 
+MOST_STEPS = 10**8
+"""Names of checkpoints have eight digits."""
 Board = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -81,6 +84,11 @@ class TrainConfig:
         at_least(0, keep_every=self.keep_every, profile_steps=self.profile_steps, skip_norm=self.skip_norm)
         at_least(0, weight_decay=self.weight_decay, epsilon=self.epsilon, clip_norm=self.clip_norm)
         at_least(0, final_learning_rate=self.final_learning_rate, decay_share=self.decay_share)
+        for name in ("weight_decay", "epsilon", "final_learning_rate", "decay_share"):
+            if math.isinf(getattr(self, name)):
+                raise EmulusError(f"{name} must be finite, got {getattr(self, name)}")
+        if self.steps >= MOST_STEPS:
+            raise EmulusError(f"steps must be below {MOST_STEPS:,}, got {shown(self.steps)}")
         if not 0 < self.learning_rate < float("inf"):
             raise EmulusError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.seed >= 2**63:

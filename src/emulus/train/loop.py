@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -14,24 +16,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from emulus.codec import as_mapping, decode_fields
 from emulus.config import read_yaml, to_dict, write_yaml
 from emulus.device import autocast
 from emulus.errors import EmulusError
-from emulus.files import write_file
+from emulus.files import check_not_running, check_out, only_run, read_json, write_file
 from emulus.log import logger
 from emulus.parallel.processes import Processes, peers
 from emulus.train import checkpoint
 from emulus.train.average import Average
-from emulus.train.checkpoint import Checkpoints
+from emulus.train.checkpoint import VALUES, Checkpoints, damaged, step_name
 from emulus.train.config import TrainConfig
 from emulus.train.flops import peak_flops
-from emulus.train.metrics import MetricsLog, StepLine, profiled, read_metrics
+from emulus.train.metrics import MetricsLog, StepLine, profiled, scan_metrics
 from emulus.train.objective import Evaluation, Objective, StepLoss
 from emulus.train.optimizer import clip_, make_optimizer, total_norm
 from emulus.train.schedule import learning_rate
 from emulus.train.watch import MOST_NOT_FINITE, Watch
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+FOREIGN = {"manifest.jsonl": "tokens", "making.json": "tokens", "tokens.json": "tokens", "config.json": "a model"}
+"""What a folder holds that has a file of such a name, and is no run."""
+ONLY_AT_FIRST = ("init", "codebook_init")
+"""Settings that decide first weights, and nothing later."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -60,9 +68,10 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
         EmulusError: The disk is full, the checkpoint to resume from does not fit the model, or another process is
             gone.
     """
-    with peers(objective.processes):
+    with peers(objective.processes), ExitStack() as held:
         loop = _Loop(config, objective, run)
         loop.check_folder()
+        hold_folder(run, objective.processes, held)
         start = loop.resume()
         missing = loop.evaluation_is_missing(start)
         if start >= config.steps and not missing:
@@ -93,6 +102,62 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
             loop.log.close()
             objective.close()
         return loop.final_model()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """``trainer.json``: what a checkpoint says beside its tensors.
+
+    Attributes:
+        step: How many steps are behind it.
+        watch: See :meth:`emulus.train.watch.Watch.state`.
+        reading: See :meth:`emulus.train.objective.Objective.reading_state`.
+        fingerprint: See :meth:`emulus.train.objective.Objective.fingerprint`; empty says nothing.
+        seed: Of the run; None where an older version of Emulus wrote it.
+    """
+
+    step: int
+    watch: dict[str, Any]
+    reading: dict[str, Any]
+    fingerprint: str = ""
+    seed: int | None = None
+
+
+def hold_folder(folder: Path, processes: Processes, held: ExitStack) -> None:
+    """Keep other runs away from a folder. The first process does, for all of them, which must all call this.
+
+    Args:
+        folder: Made if it is not there.
+        processes: Who trains.
+        held: Lets go when it is closed.
+
+    Raises:
+        EmulusError: Another run writes to the folder.
+    """
+    error = None
+    if processes.first:
+        try:
+            held.enter_context(only_run(folder))
+        except EmulusError as found:
+            error = found
+    if bool(processes.gather([float(error is not None)]).any()):
+        raise error or EmulusError(f"the first process cannot write to {folder}; it says why")
+
+
+def check_run(run: Path, init: str = "") -> None:
+    """Refuse a run's folder that cannot be written or that another run writes to, before data and models are read.
+
+    Args:
+        run: The folder.
+        init: Where first weights come from: a folder or a name on the hub, or nothing.
+
+    Raises:
+        EmulusError: The folder cannot be used, or the first weights lie in it.
+    """
+    check_out(run, init=init)
+    check_not_running(run)
+    if init and os.path.exists(init) and run.resolve() in Path(init).resolve().parents:
+        raise EmulusError(f"--init {init} lies in --out {run}, which is that run; choose another --out")
 
 
 class _Loop:
@@ -157,8 +222,8 @@ class _Loop:
         """Whether a run that was stopped at this step still owes its evaluation. All processes must call it."""
         missing = False
         if self.processes.first and step and _due(self.config.evaluate_every, step, self.config.steps):
-            evaluated = {line["step"] for line in read_metrics(self.run) if line["kind"] == "evaluation"}
-            missing = step not in evaluated
+            found = (line["kind"] == "evaluation" and line["step"] == step for line in scan_metrics(self.run))
+            missing = not any(found)
         return bool(self.processes.gather([float(missing)])[0, 0])
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any], bool]:
@@ -284,6 +349,7 @@ class _Loop:
         values = {
             "step": step,
             "fingerprint": self.objective.fingerprint(),
+            "seed": self.config.seed,
             "reading": self.objective.reading_state(step),
             "watch": self.watch.state(),
         }
@@ -300,20 +366,75 @@ class _Loop:
             )
         if path is None:
             return 0
-        values = self.checkpoints.load(path, self._tensors())
-        if values.get("fingerprint", "") not in ("", self.objective.fingerprint()):
+        # Settings that no run may change are looked at before weights are read.
+        saved = self._read_saved(path)
+        self._check_init()
+        self.checkpoints.load(path, self._tensors())
+        try:
+            self.watch.load_state(saved.watch)
+        except EmulusError as error:
+            raise damaged(path, error) from None
+        return saved.step
+
+    def _read_saved(self, path: Path) -> _Saved:
+        """What a checkpoint says beside its tensors; the objective goes on reading from there.
+
+        Raises:
+            EmulusError: It is damaged, or of a run that this one cannot go on with.
+        """
+        try:
+            saved = decode_fields(_Saved, read_json(path / VALUES), VALUES)
+        except EmulusError as error:
+            raise damaged(path, error) from None
+        if path.name != step_name(saved.step) or saved.reading.get("step", saved.step) != saved.step:
+            raise damaged(path, f"{VALUES} is of step {saved.step}, or its reading of another")
+        if saved.fingerprint not in ("", self.objective.fingerprint()):
             raise EmulusError(
                 f"{path} was trained on other data (or ids that mean something else) than given now; "
                 f"choose another --out, or delete {self.run} to start over"
             )
-        try:
-            self.watch.load_state(values["watch"])
-            self.objective.load_reading_state(values["reading"])
-            return int(values["step"])
-        except KeyError as error:
+        seed = self._seed_of_old() if saved.seed is None else saved.seed
+        if seed not in (None, self.config.seed):
             raise EmulusError(
-                f"{path}/trainer.json lacks {error}; delete {path} to go on from the checkpoint before it"
-            ) from None
+                f"train.seed was {seed} in this run so far and cannot become {self.config.seed}: data would be read in "
+                "another order, some of it twice and some not at all; keep it, or start a new run: another --out, with "
+                "--init naming this one"
+            )
+        try:
+            self.objective.load_reading_state(saved.reading)
+        except EmulusError as error:
+            raise EmulusError(f"{path}: {error}") from None
+        return saved
+
+    def _seed_of_old(self) -> int | None:
+        """The seed of a run whose checkpoint does not say it, as of older versions of Emulus."""
+        loop = (self._old_config() or {}).get("train")
+        seed = loop.get("seed") if isinstance(loop, dict) else None
+        return seed if isinstance(seed, int) else None
+
+    def _check_init(self) -> None:
+        """Refuse other first weights than the run began with: they would not be looked at."""
+        init = getattr(self.objective.config, "init", "")
+        before = (self._old_config() or {}).get("init", init)
+        if init and init != before:
+            raise EmulusError(
+                f"{self.run} holds a run that has begun already, so --init {init} would change nothing; choose another "
+                "--out to start from it, or leave it out to go on"
+            )
+
+    def _old_config(self) -> dict[str, Any] | None:
+        """What ``config.yaml`` says of the run so far; None where there is none.
+
+        Raises:
+            EmulusError: It is damaged.
+        """
+        path = self.run / CONFIG
+        if not path.exists():
+            return None
+        try:
+            return as_mapping(read_yaml(path), str(path))
+        except EmulusError as error:
+            raise EmulusError(f"{error}; delete {path} to go on without what it says") from None
 
     def check_folder(self) -> None:
         """Refuse a folder that is something else's.
@@ -321,21 +442,23 @@ class _Loop:
         Raises:
             EmulusError: It holds tokens, or the run of another stage.
         """
-        path = self.run / "config.yaml"
-        if (self.run / "manifest.jsonl").exists():
-            raise EmulusError(f"{self.run} holds tokens; choose another --out")
-        old, new = read_yaml(path) if path.exists() else None, to_dict(self.objective.config)
-        if isinstance(old, dict) and 2 * len(old.keys() & new.keys()) < len(new):
+        for name, what in FOREIGN.items():
+            if (self.run / name).exists():
+                raise EmulusError(f"{self.run} holds {what}; choose another --out")
+        old, new = self._old_config(), to_dict(self.objective.config)
+        if old and 2 * len(old.keys() & new.keys()) < len(new):
             raise EmulusError(f"{self.run} is the run of another stage; choose another --out")
 
     def save_config(self) -> None:
         """Write ``config.yaml``, and say what differs from the run's so far."""
-        path = self.run / "config.yaml"
-        new = to_dict(self.objective.config)
-        if path.exists():
-            for name, old, value in _changes(read_yaml(path), new):
-                logger.warning(f"{name} was {old} in this run so far and is {value} from here on")
-        write_yaml(path, self.objective.config)
+        old, new = self._old_config() or {}, to_dict(self.objective.config)
+        began = {name: old[name] for name in ONLY_AT_FIRST if name in old and name in new}
+        for name, before, value in _changes(old, new) if old else ():
+            if name in began:
+                logger.warning(f"{name} was {before} when this run began, and {value} changes nothing now")
+            else:
+                logger.warning(f"{name} was {before} in this run so far and is {value} from here on")
+        write_yaml(self.run / CONFIG, {**new, **began})
 
     def final_model(self) -> Path:
         """The newest checkpoint's model folder."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from emulus.files import disk_errors, write_text
+from emulus.codec import MAX_INTEGER, as_mapping, decode, parse_json
+from emulus.errors import EmulusError, at_least
+from emulus.files import disk_errors, write_file, write_text
 from emulus.log import logger
 from emulus.train.boards import open_boards
 
@@ -24,6 +28,11 @@ except ImportError:  # Windows has none
 
 METRICS_FILE = "metrics.jsonl"
 TRACE_FILE, TABLE_FILE = "trace.json.gz", "operations.txt"
+# Bytes of a line of metrics.jsonl; what is longer is none of ours.
+_MOST_LINE = 2**20
+# Figures that are counted and summed up: finite, 0 or more.
+_COUNTS = {"tokens", "frames", "pictures", "seconds", "skipped", "again", "time"}
+_MOST_FIGURE = 1e39
 # A profile begins with this step: before it, memory is still taken and kernels are chosen or compiled.
 PROFILED_FROM = 10
 
@@ -50,12 +59,7 @@ class MetricsLog:
         self._boards = open_boards(boards, run, resumed_at) if self._first else ()
         if not self._first:
             return
-        lines = read_metrics(run)
-        kept = [line for line in lines if line["step"] <= resumed_at]
-        if lines:
-            again = max(line["step"] for line in lines) - resumed_at
-            kept.append({"step": resumed_at, "kind": "restart", "again": max(again, 0), "time": time.time()})
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_file(self.path, lambda temporary: _copy_until(run, resumed_at, temporary))
 
     def write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
         """Append one line: the step (from 1), ``train`` or ``evaluation``, and the figures."""
@@ -81,22 +85,80 @@ class MetricsLog:
             file.write(json.dumps(line) + "\n")
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's ``metrics.jsonl``; a line cut by a kill is dropped.
+def _copy_until(run: Path, step: int, path: Path) -> None:
+    """Write the lines up to a step, and one that says how many steps will be done again."""
+    newest = -1
+    with path.open("w", encoding="utf-8") as file:
+        for line in scan_metrics(run):
+            newest = max(newest, line["step"])
+            if line["step"] <= step:
+                file.write(json.dumps(line) + "\n")
+        if newest >= 0:
+            again = {"step": step, "kind": "restart", "again": max(newest - step, 0), "time": time.time()}
+            file.write(json.dumps(again) + "\n")
 
-    Each has a ``step`` and a ``kind``: ``train`` and ``evaluation`` have figures, ``note`` has a ``text``, ``restart``
-    says how many steps are done ``again``.
+
+def read_metrics(run: Path, damage: Counter[str] | None = None) -> list[dict[str, Any]]:
+    """:func:`scan_metrics`, all at once."""
+    return list(scan_metrics(run, damage))
+
+
+def scan_metrics(run: Path, damage: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every whole line of a run's ``metrics.jsonl``, one by one; a line cut by a kill is dropped.
+
+    Each has a ``step`` (0 or more) and a ``kind``: ``train`` and ``evaluation`` have figures, which are numbers,
+    ``note`` has a ``text``, ``restart`` says how many steps are done ``again``. Whatever is of another type is damaged
+    and left out.
+
+    Args:
+        run: Folder of the run; without the file there are no lines.
+        damage: Counts ``lines`` and ``values`` that were left out.
+
+    Raises:
+        EmulusError: The file cannot be read.
     """
     path = run / METRICS_FILE
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise EmulusError(f"{path} is not a file; move it away")
+    damage = Counter[str]() if damage is None else damage
+    try:
+        with path.open("rb") as file:
+            while text := file.readline(_MOST_LINE):
+                if line := _parse_line(text, damage):
+                    yield line
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be read ({error.strerror}); restore it") from None
+
+
+def _parse_line(text: bytes, damage: Counter[str]) -> dict[str, Any] | None:
+    try:
+        values = as_mapping(parse_json(text.decode(errors="replace"), METRICS_FILE), METRICS_FILE)
+        line = {"step": decode(int, values.get("step"), "step"), "kind": decode(str, values.get("kind"), "kind")}
+        at_least(0, step=line["step"])
+    except EmulusError:
+        damage["lines"] += 1
+        return None
+    for name, value in values.items():
+        if name in line:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line:
-            lines.append(line)
-    return lines
+        if _is_figure(name, value):
+            line[name] = value
+        else:
+            damage["values"] += 1
+    return line
+
+
+def _is_figure(name: str, value: object) -> bool:
+    if name == "text":
+        return isinstance(value, str)
+    if type(value) is not float and not (type(value) is int and abs(value) < MAX_INTEGER):
+        return False
+    if name in _COUNTS:
+        return 0 <= value < MAX_INTEGER
+    # A loss may be infinite or not a number; such are drawn as gaps. Others are of float32.
+    return not math.isfinite(value) or abs(value) < _MOST_FIGURE
 
 
 class StepLine:

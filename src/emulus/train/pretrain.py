@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -15,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emulus.bundle import Bundle
-from emulus.data.loader import Loader, Mixture, ReadingConfig, held_out
+from emulus.data.loader import Loader, Mixture, ReadingConfig, held_out, parse_part
+from emulus.data.tokens import vision_digest
 from emulus.device import computes_in_bfloat16, pick_device
 from emulus.errors import EmulusError, at_least
+from emulus.files import check_out
 from emulus.hub import fetch
 from emulus.layouts.contents import Contents, inspect_folder
 from emulus.model import Decoder, DecoderConfig, sized
@@ -38,7 +41,7 @@ from emulus.tokenizer.vocabulary import Vocabulary
 from emulus.train.checkpoint import latest
 from emulus.train.config import TrainConfig
 from emulus.train.flops import decoder_flops
-from emulus.train.loop import CHECKPOINTS, mix, train
+from emulus.train.loop import CHECKPOINTS, check_run, mix, train
 from emulus.train.objective import Evaluation, Objective, StepLoss
 from emulus.weights import check_shapes, on_meta
 
@@ -120,12 +123,16 @@ class PretrainObjective(Objective[Batch, Decoder]):
         self.device = self.processes.device
         self.mixture = Mixture.open(config.tokens)
         self.vocabulary = self.mixture.vocabulary
-        length, name = self.mixture.longest()
-        if length > config.context:
+        longest = self.mixture.longest()
+        if longest.tokens > config.context:
             raise EmulusError(
-                f"{name} makes a document of {length} ids but the context is {config.context}: "
-                "raise --context (and --row-tokens), or tokenize at a smaller size or fewer frames"
+                f"{longest.name} makes a document of {longest.tokens} ids but the context is {config.context}: raise "
+                f"--context (and --row-tokens); or {longest.remedy(config.context)} and another --out"
             )
+        # What only evaluations and saves need must not be missed after hours.
+        if self.processes.first:
+            _ = self.vision
+        _ = self.held_out
         self.model = self._make_model()
         self.loader = self._make_loader(None)
         self._numbers: list[int] = []
@@ -133,7 +140,14 @@ class PretrainObjective(Objective[Batch, Decoder]):
     @cached_property
     def vision(self) -> VisionTokenizer:
         """The vision tokenizer that made the codes. Only the process that draws and saves reads it."""
-        return load_vision_tokenizer(self.mixture.folder / "vision", self.device)
+        folder, expected = self.mixture.folder / "vision", self.mixture.tokens.vision_sha256
+        vision = load_vision_tokenizer(folder, self.device)
+        if expected and vision_digest(vision) != expected:
+            raise EmulusError(
+                f"{folder} is not the vision tokenizer that made these codes; restore it, or tokenize again, to "
+                "another folder"
+            )
+        return vision
 
     @cached_property
     def held_out(self) -> list[Batch]:
@@ -174,7 +188,7 @@ class PretrainObjective(Objective[Batch, Decoder]):
         fill(model, make, self.device)
         return model
 
-    def _make_loader(self, state: dict[str, int] | None) -> Loader:
+    def _make_loader(self, state: dict[str, Any] | None) -> Loader:
         config, processes = self.config, self.processes
         return Loader(
             self.mixture,
@@ -202,11 +216,11 @@ class PretrainObjective(Objective[Batch, Decoder]):
         """The sum of its targets' weights; processes that share a row each count their part."""
         return float(batch.loss_weights.sum()) / self.processes.sizes.context
 
-    def reading_state(self, step: int) -> dict[str, int]:
+    def reading_state(self, step: int) -> dict[str, Any]:
         """Where the loader stands before a step."""
         return self.loader.state(step)
 
-    def load_reading_state(self, state: dict[str, int]) -> None:
+    def load_reading_state(self, state: dict[str, Any]) -> None:
         """Go on reading from there."""
         self.loader = self._make_loader(state)
 
@@ -375,5 +389,8 @@ def stored_decoder(model: str, shape: DecoderConfig, vocabulary: Vocabulary) -> 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run (or go on with) the training; the folder of the final model. See :func:`emulus.train.loop.train`."""
+    check_run(config.out, config.init)
+    for text in config.tokens:
+        check_out(config.out, tokens_folder=parse_part(text).folder)
     with running(config.train.parallel, config.train.device) as processes:
         return train(config.train, PretrainObjective(config, processes), config.out)

@@ -7,15 +7,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from emulus.data.media_dataset import MediaDataset, shifted, to_pixels, whole_codes
+from emulus.data.item import checked_fps
+from emulus.data.media_dataset import (
+    MediaDataset,
+    media_state,
+    shifted,
+    to_pixels,
+    warn_of_other_media,
+    whole_codes,
+)
 from emulus.data.source import Kind, Split, open_source
+from emulus.data.tokenize_config import MOST_SIDE
 from emulus.errors import EmulusError, at_least
+from emulus.files import check_out
 from emulus.hub import fetch
 from emulus.media import pixels_to_image
 from emulus.parallel.processes import start_processes
@@ -29,7 +40,7 @@ from emulus.tokenizer.vision.weights import load_vision_tokenizer, save_vision_t
 from emulus.train.adversary import Adversary
 from emulus.train.checkpoint import latest
 from emulus.train.config import TrainConfig
-from emulus.train.loop import CHECKPOINTS, train
+from emulus.train.loop import CHECKPOINTS, check_run, train
 from emulus.train.objective import Evaluation, Objective, StepLoss
 from emulus.weights import on_meta
 
@@ -83,6 +94,11 @@ class TokenizerTrainConfig:
         at_least(1, size=self.size, clip_frames=self.clip_frames, evaluation_items=self.evaluation_items)
         at_least(0, pictures_per_batch=self.pictures_per_batch, clips_per_batch=self.clips_per_batch)
         at_least(0, fps=self.fps, shift=self.shift)
+        at_least(0, batch_norm_share=self.batch_norm_share, revive_share=self.revive_share)
+        if self.fps:
+            checked_fps(self.fps, "--fps")
+        if self.size > MOST_SIDE or self.shift > MOST_SIDE:
+            raise EmulusError(f"size and shift are at most {MOST_SIDE:,} pixels")
         if self.size % self.model.spatial_factor:
             raise EmulusError(f"size must be a multiple of {self.model.spatial_factor}, got {self.size}")
         if self.clip_frames % self.model.temporal_factor:
@@ -110,6 +126,7 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         if self.processes.world > 1:
             raise EmulusError("a vision tokenizer is trained by one process; start it without torchrun")
         self.device = self.processes.device
+        source = open_source(config.data)
         torch.manual_seed(config.train.seed)
         self.model = self._make_model()
         self.codebook = CodebookTrainer(self.model.quantize, config.codebook)
@@ -120,7 +137,6 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         if config.adversarial.weight:
             self.adversary = Adversary(config.adversarial, config.train, config.model.out_channels, self.device)
         self._adversarial_weight = 0.0
-        source = open_source(config.data)
 
         def dataset(split: Split, kind: Kind, max_frames: int | None = None) -> MediaDataset | None:
             items = source.select(split=split, kind=kind)
@@ -134,6 +150,10 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
             self.clips is None or not config.clips_per_batch
         ):
             raise EmulusError(f"{config.data} has no training pictures or clips")
+        # That not one can be read must not be found out at the first evaluation.
+        for data in self.held_out:
+            if data is not None:
+                _ = data[0]
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def _make_model(self) -> VisionTokenizer:
@@ -154,6 +174,18 @@ class TokenizerObjective(Objective[MediaBatch, VisionTokenizer]):
         """Of the training items' names."""
         names = [item.id for data in (self.pictures, self.clips) if data is not None for item in data.items]
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    def reading_state(self, step: int) -> dict[str, Any]:
+        """The training media's sizes and times, to tell that they changed."""
+        return {"files": self._files}
+
+    @cached_property
+    def _files(self) -> str:
+        return media_state(self.pictures, self.clips)
+
+    def load_reading_state(self, state: dict[str, Any]) -> None:
+        """Say if the media are not the same files any more; they are read as they are."""
+        warn_of_other_media(state, self._files)
 
     def batches(self, step: int) -> list[MediaBatch]:
         """One batch of pictures and windows of clips, drawn at random with replacement."""
@@ -320,4 +352,6 @@ def _window(frames: Tensor, length: int, draw: np.random.Generator) -> Tensor:
 
 def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     """Run (or go on with) the training; the folder of the final tokenizer. See :func:`emulus.train.loop.train`."""
+    check_run(config.out, config.init)
+    check_out(config.out, data_set=config.data)
     return train(config.train, TokenizerObjective(config), config.out)

@@ -6,9 +6,11 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from emulus.errors import EmulusError
+from emulus.codec import decode_fields
+from emulus.errors import EmulusError, at_least
 
 NORMS, LEAST_NORMS = 64, 16
 LOSSES, LEAST_LOSSES, DEVIATIONS = 128, 16, 5.0
@@ -19,6 +21,28 @@ MOST_IN_A_ROW = 8
 # Below this share of the mean a rise is no spike, however even the losses were before.
 LEAST_RISE = 0.01
 MOST_NOT_FINITE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchState:
+    """What a resumed run needs to decide alike.
+
+    Attributes:
+        norms: The last gradient norms.
+        losses: The last losses.
+        in_a_row: Outliers since the last usual norm.
+        skipped: Steps left out so far.
+        spikes: Loss spikes so far.
+    """
+
+    norms: list[float]
+    losses: list[float]
+    in_a_row: int
+    skipped: int
+    spikes: int
+
+    def __post_init__(self) -> None:
+        at_least(0, in_a_row=self.in_a_row, skipped=self.skipped, spikes=self.spikes)
 
 
 class Watch:
@@ -125,13 +149,14 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to decide alike, as JSON values."""
-        return {
-            "norms": list(self._norms),
-            "losses": list(self._losses),
-            "in_a_row": self._in_a_row,
-            "skipped": self.skipped,
-            "spikes": self.spikes,
-        }
+        state = WatchState(
+            norms=list(self._norms),
+            losses=list(self._losses),
+            in_a_row=self._in_a_row,
+            skipped=self.skipped,
+            spikes=self.spikes,
+        )
+        return asdict(state)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave.
@@ -140,12 +165,11 @@ class Watch:
             EmulusError: It is not that.
         """
         try:
-            norms, losses = ([float(value) for value in state[name]] for name in ("norms", "losses"))
-            in_a_row, skipped, spikes = (int(state[name]) for name in ("in_a_row", "skipped", "spikes"))
-        except (KeyError, TypeError, ValueError):
-            raise EmulusError("the checkpoint's figures of norms and losses are damaged; go on from another") from None
+            values = decode_fields(WatchState, state, "they")
+        except EmulusError as error:
+            raise EmulusError(f"the figures of norms and losses are damaged ({error})") from None
         self._norms.clear()
-        self._norms.extend(norms)
+        self._norms.extend(values.norms)
         self._losses.clear()
-        self._losses.extend(losses)
-        self._in_a_row, self.skipped, self.spikes = in_a_row, skipped, spikes
+        self._losses.extend(values.losses)
+        self._in_a_row, self.skipped, self.spikes = values.in_a_row, values.skipped, values.spikes
