@@ -26,6 +26,7 @@ class Watch:
 
     Attributes:
         skipped: Steps left out so far.
+        not_finite: Those of them whose gradient was NaN or infinite.
         spikes: Loss spikes so far.
     """
 
@@ -37,7 +38,7 @@ class Watch:
                 only norms that are not finite.
         """
         self.skip_norm = skip_norm
-        self.skipped, self.spikes = 0, 0
+        self.skipped, self.not_finite, self.spikes = 0, 0, 0
         self._norms: deque[float] = deque(maxlen=NORMS)
         self._losses: deque[float] = deque(maxlen=LOSSES)
         self._in_a_row = 0
@@ -53,6 +54,7 @@ class Watch:
         """
         if not math.isfinite(norm):
             self.skipped += 1
+            self.not_finite += 1
             self._not_finite += 1
             return True
         self._not_finite = 0
@@ -71,6 +73,25 @@ class Watch:
     def is_hopeless(self) -> bool:
         """Whether so many norms in a row were not finite that none will be."""
         return self._not_finite >= MOST_NOT_FINITE
+
+    def skip_note(self, step: int, norm: float) -> str:
+        """What to say of a step that :meth:`outlier` left out; more, where non-finite gradients begin."""
+        note = f"step {step}: the gradient's norm is {norm:.4g}; the step was skipped"
+        if self._not_finite != 1:
+            return note
+        return (
+            f"{note}. NaN or infinite gradients train nothing: if they come again, lower the learning rate or train "
+            "with --train.precision fp32"
+        )
+
+    def summary(self, steps: int) -> str | None:
+        """What a run that ends after so many steps must say about those that it left out, if any."""
+        if not self.skipped:
+            return None
+        return (
+            f"{self.skipped:,} of {steps:,} steps were skipped and trained nothing: {self.not_finite:,} with a NaN or "
+            f"infinite gradient, {self.skipped - self.not_finite:,} with an outlier of --train.skip-norm"
+        )
 
     def loss(self, step: int, loss: float) -> str | None:
         """Look at a step's loss.
@@ -130,6 +151,7 @@ class Watch:
             "losses": list(self._losses),
             "in_a_row": self._in_a_row,
             "skipped": self.skipped,
+            "not_finite": self.not_finite,
             "spikes": self.spikes,
         }
 
@@ -142,10 +164,12 @@ class Watch:
         try:
             norms, losses = ([float(value) for value in state[name]] for name in ("norms", "losses"))
             in_a_row, skipped, spikes = (int(state[name]) for name in ("in_a_row", "skipped", "spikes"))
+            # Checkpoints of before did not tell these apart; without a threshold there are no others.
+            not_finite = int(state.get("not_finite", 0 if self.skip_norm else skipped))
         except (KeyError, TypeError, ValueError):
             raise EmulusError("the checkpoint's figures of norms and losses are damaged; go on from another") from None
         self._norms.clear()
         self._norms.extend(norms)
         self._losses.clear()
         self._losses.extend(losses)
-        self._in_a_row, self.skipped, self.spikes = in_a_row, skipped, spikes
+        self._in_a_row, self.skipped, self.not_finite, self.spikes = in_a_row, skipped, not_finite, spikes
