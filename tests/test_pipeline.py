@@ -75,7 +75,7 @@ def test_a_model_may_choose_among_several_by_default(tiny: Emulus) -> None:
     assert choosy.generate_image("a cat", seed=2, best_of=1).tobytes() == tiny.generate_image("a cat", seed=2).tobytes()
     likeliest = choosy.generate_image("a cat", seed=2, temperature=0.0)
     assert json.loads(likeliest.info["emulus"])["seed"] == 2, "without noise there is nothing to choose from"
-    with pytest.raises(EmulusError, match="best_of must be at least 1"):
+    with pytest.raises(EmulusError, match="best_of is 0 but must be"):
         tiny.generate_image("a cat", best_of=0)
 
 
