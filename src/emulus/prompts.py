@@ -304,7 +304,7 @@ class Prompter:
         """What was given, and for what is None the default that has the name beside it."""
         known = {field.name for field in dataclasses.fields(SamplingParams)}
         for name in sampling.keys() - known:
-            raise EmulusError(f"there is no option {shown(name)}{did_you_mean(name[:60], known)}")
+            raise EmulusError(f"unknown option {shown(name)}{did_you_mean(name[:60], known)}")
         defaults = {option: self._own(default, sampling.get(option)) for option, default in own.items()}
         return SamplingParams(**{**sampling, **defaults, "seed": seed})
 
