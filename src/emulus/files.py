@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         EmulusError: The disk is full or the folder may not be written to; ``path`` is untouched.
     """
-    # The suffix is kept, since writers like Pillow choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = _beside(path, suffix=path.suffix)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -107,16 +107,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         EmulusError: The disk is full or the place may not be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
             finish_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path, *, suffix: str = "") -> Path:
+    """A hidden name beside ``path`` that nobody else uses, whichever process, thread or machine: ``.NAME.NUMBER.tmp``.
+
+    Args:
+        path: What will have its own name later. Of a long name only the beginning is taken, or this one could be too
+            long where the other is not.
+        suffix: Stands at the end, too, since writers like Pillow choose the format by it.
+    """
+    name = os.fsdecode(os.fsencode(path.name.removesuffix(suffix))[:100])
+    number = f"{os.getpid()}{secrets.randbelow(10**12):012d}"
+    return path.with_name(f".{name}.{number}.tmp{suffix if len(suffix) <= 20 else ''}")
 
 
 def finish_folder(temporary: Path, path: Path) -> None:
@@ -133,9 +145,19 @@ def finish_folder(temporary: Path, path: Path) -> None:
         fsync(file)
     (temporary / COMPLETE).touch()
     fsync(temporary)
-    if path.exists():
-        remove_folder(path)
-    os.replace(temporary, path)
+    for _ in range(100):
+        with suppress(FileNotFoundError):  # another thread may remove the older one, too
+            if path.exists():
+                remove_folder(path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            break
+    else:
+        raise OSError(errno.EBUSY, "others go on putting folders there", str(path))
     fsync(path.parent)
 
 
@@ -145,9 +167,7 @@ def remove_folder(path: Path) -> None:
     Raises:
         OSError: It may not be renamed.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-    # Left by one that was killed and had the same number.
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _beside(path)
     os.replace(path, aside)
     # Its name must be gone on the disk before its files are.
     fsync(path.parent)

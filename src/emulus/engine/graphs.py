@@ -25,15 +25,6 @@ class _Recorded:
     inputs: tuple[Tensor | None, ...]
     output: Tensor
 
-    def replay(self, tensors: tuple[Tensor | None, ...]) -> Tensor:
-        """What the function gives for these tensors; nobody may replay a graph of the same memory meanwhile."""
-        for kept, tensor in zip(self.inputs, tensors, strict=True):
-            if kept is not None and tensor is not None:
-                kept.copy_(tensor, non_blocking=True)
-        self.graph.replay()
-        # The next replay, of this graph or of one that shares its memory, writes over the output.
-        return self.output.clone()
-
 
 class Graphs:
     """A function of tensors that is recorded where it can be, and called where not.
@@ -60,7 +51,7 @@ class Graphs:
         self._pools: dict[torch.device, Any] = {}
         self._given_up = False
         # Inputs and outputs lie in memory that all threads share.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         """Give what the function gives for these tensors.
@@ -86,7 +77,17 @@ class Graphs:
                 reason = str(error).splitlines()[0]
                 logger.warning("a step cannot be recorded (%s); going on without CUDA graphs", reason)
                 return self._function(*tensors)
-            return recorded.replay(tensors)
+            return self._replay(recorded, tensors)
+
+    def _replay(self, recorded: _Recorded, tensors: tuple[Tensor | None, ...]) -> Tensor:
+        """What the function gives for these tensors."""
+        with self._lock:
+            for kept, tensor in zip(recorded.inputs, tensors, strict=True):
+                if kept is not None and tensor is not None:
+                    kept.copy_(tensor, non_blocking=True)
+            recorded.graph.replay()
+            # The next replay, of this graph or of one that shares its memory, writes over the output.
+            return recorded.output.clone()
 
     def __len__(self) -> int:
         """How many shapes are recorded."""
