@@ -69,6 +69,18 @@ def text(name: str, value: Any) -> str:
     return str(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        EmulusError: It is something else: of most values it is not clear which they would be.
+    """
+    given = _scalar(value)
+    if not isinstance(given, bool):
+        raise EmulusError(f"{name} is {shown(value)} but must be True or False")
+    return given
+
+
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of some words.
 

@@ -35,7 +35,8 @@ from emulus.sequence import Image, Video, templates
 _OF_PICTURES = ("seed", "temperature", "top_k", "top_p", "guidance_scale")
 
 
-_MOST_IMAGES = 2**16
+MOST_IMAGES = 2**16
+"""Most images of one prompt in a call."""
 
 
 class Drawn(NamedTuple):
@@ -121,7 +122,7 @@ class Emulus(Prompter):
         """
         self._expect("draw", prompts=prompts)
         each = 1 if num_images_per_prompt is None else num_images_per_prompt
-        numbers = range(whole("num_images_per_prompt", each, least=1, most=_MOST_IMAGES))
+        numbers = range(whole("num_images_per_prompt", each, least=1, most=MOST_IMAGES))
         first = self._params(seed, sampling).seed
         ratios = [ratio] * len(prompts) if ratio is None or isinstance(ratio, str) else several("ratio", ratio, str)
         if len(ratios) != len(prompts):
@@ -168,8 +169,8 @@ class Emulus(Prompter):
             best_of: Drawn for each picture.
             sampling: Of all pictures.
         """
-        shapes = [None] * len(prompts) if ratios is None else ratios
-        self._expect("draw", prompts=prompts, seeds=seeds, ratios=shapes)
+        self._expect("draw", prompts=prompts, seeds=seeds)
+        shapes = [None] * len(prompts) if ratios is None else several("ratios", ratios, str)
         if not len(prompts) == len(seeds) == len(shapes):
             raise EmulusError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(shapes)} ratios; give one of each")
         tries = whole("best_of", self._own("best_of", best_of), least=1, most=MOST_TRIES)
@@ -341,16 +342,9 @@ class Emulus(Prompter):
         # Guidance has nothing to lead away from then.
         sampling = sampling if prompt else {**sampling, "guidance_scale": 1.0}
         params = self._params(seed, sampling)
-        if num_frames is not None:
-            self._code_frames(num_frames)  # before the clip is read
-        start = self._fitted(clip)
-        if not isinstance(start, Clip):
-            raise EmulusError("a picture cannot be continued: give a clip")
+        start, total = self._start_and_total(clip, num_frames)
         frames = list(start.frames)
         factor = self.vision.config.temporal_factor
-        total = factor * self._code_frames(2 * len(frames) if num_frames is None else num_frames)
-        if total <= len(frames):
-            raise EmulusError(f"the clip has {len(frames)} frames; num_frames must be more, got {total}")
         window = max(self._code_frames(self.defaults.num_frames), 2)
         while len(frames) < total:
             seen = frames if len(frames) < window * factor else frames[-(window // 2) * factor :]

@@ -33,8 +33,8 @@ WRITING = {
 }
 MOST_TRIES = 1024
 """Most images drawn for each that is asked for."""
-MOST_PIXELS = 2**20
-"""Longest side of an image or clip; contexts end long before."""
+MOST_PIXELS = MOST_FRAMES = 2**20
+"""Longest side of an image or clip, and longest clip; contexts end long before."""
 
 _BASE_AREA = 512 * 512  # of Emu3-Stage1's pictures, for its transformers form, whose config does not say
 
@@ -86,7 +86,7 @@ class GenerationDefaults:
             whole(name, getattr(self, name), least=1, most=MOST_PIXELS)
         least = whole("min_pixels", self.min_pixels, most=MOST_PIXELS**2)
         whole("max_pixels", self.max_pixels, least=least, most=MOST_PIXELS**2)
-        whole("num_frames", self.num_frames, least=1)
+        whole("num_frames", self.num_frames, least=1, most=MOST_FRAMES)
         number("fps", self.fps, above=0)
         text("negative_prompt", self.negative_prompt)
         whole("best_of", self.best_of, least=1, most=MOST_TRIES)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image as PILImage
 
 from emulus.bundle import Bundle, load_default_vision, save_bundle
-from emulus.checks import number, several, shown, text, whole
+from emulus.checks import flag, number, several, shown, text, whole
 from emulus.engine import Request
 from emulus.errors import EmulusError, did_you_mean
 from emulus.log import logger
@@ -31,7 +31,7 @@ from emulus.media import (
     smart_resize,
 )
 from emulus.model import Decoder
-from emulus.presets import DRAWING, MOST_PIXELS, WRITING, GenerationDefaults, Preset, preset_called
+from emulus.presets import DRAWING, MOST_FRAMES, MOST_PIXELS, WRITING, GenerationDefaults, Preset, preset_called
 from emulus.sampling import SamplingParams
 from emulus.sequence import Grammar, Image, Prompt, Turn, Video, templates
 from emulus.tokenizer.text import TextTokenizer
@@ -346,6 +346,7 @@ class Prompter:
         Raises:
             EmulusError: One cannot be read, or a clip is shorter than one code in time.
         """
+        padding_image = padding_image is not None and flag("padding_image", padding_image)
         if padding_image and self.compat != "released":
             raise EmulusError("padding_image moves codes; load the model with compat='released' if you want that")
         several("media", media, MediaSource)
@@ -359,6 +360,21 @@ class Prompter:
         self, media: Sequence[MediaSource], min_pixels: int | None = None, max_pixels: int | None = None
     ) -> list[Image | Video]:
         """Codes of what stands in one prompt; that the model's context has room for them is found before they are."""
+        return [self._encode_fitted(each) for each in self.fitting(media, min_pixels, max_pixels)]
+
+    def fitting(
+        self, media: Sequence[MediaSource], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> list[PILImage.Image | Clip]:
+        """Read what is to be shown in one prompt, at the size and rate that the model takes; nothing is computed.
+
+        Args:
+            media: Files, bytes, images or clips.
+            min_pixels: As for :meth:`encode_all`.
+            max_pixels: Likewise.
+
+        Raises:
+            EmulusError: One cannot be read, or the model's context has no room for all of them.
+        """
         fitted = self._fit_all(media, min_pixels, max_pixels)
         factor = self.vision.config.spatial_factor
         cells = 0
@@ -372,7 +388,7 @@ class Prompter:
                 f"what is shown has {cells} codes, but the model's longest sequence is {context} ids; "
                 "show less, or smaller: max_pixels"
             )
-        return [self._encode_fitted(each) for each in fitted]
+        return fitted
 
     def _fit_all(
         self, media: Sequence[MediaSource], min_pixels: int | None, max_pixels: int | None
@@ -405,8 +421,13 @@ class Prompter:
     ) -> PILImage.Image | Clip:
         """A picture, or a clip cut to whole codes in time, at a size that the model takes."""
         height, width, fps = self.defaults.height, self.defaults.width, self.defaults.fps
-        least = whole("min_pixels", self._own("min_pixels", min_pixels))
-        most = whole("max_pixels", self._own("max_pixels", max_pixels))
+        least = whole("min_pixels", self._own("min_pixels", min_pixels), most=MOST_PIXELS**2)
+        most = whole("max_pixels", self._own("max_pixels", max_pixels), most=MOST_PIXELS**2)
+        # 0 is for models of one size; else nothing smaller than one code can be shown.
+        if 0 < most < self.vision.config.spatial_factor**2:
+            raise EmulusError(
+                f"max_pixels is {most} but must be at least {self.vision.config.spatial_factor**2}, one code"
+            )
         if not isinstance(media, MediaSource):
             raise EmulusError(f"{shown(media)} is no image or clip: give {_MEDIA}")
         if isinstance(media, Clip):
@@ -429,6 +450,20 @@ class Prompter:
         if not kept:
             raise EmulusError(f"the clip has {len(frames)} frames at {fps:g} fps, but {factor} make one code")
         return Clip(tuple(fit(frame, height, width) for frame in kept), fps)
+
+    def _start_and_total(self, clip: MediaSource, num_frames: int | None) -> tuple[Clip, int]:
+        """A clip to go on with, as the model takes it, and how many frames it shall have then."""
+        factor = self.vision.config.temporal_factor
+        if num_frames is not None:
+            self._code_frames(num_frames)  # before the clip is read
+        start = self._fitted(clip)
+        if not isinstance(start, Clip):
+            raise EmulusError("a picture cannot be continued: give a clip")
+        frames = len(start.frames)
+        total = factor * self._code_frames(2 * frames if num_frames is None else num_frames)
+        if total <= frames:
+            raise EmulusError(f"the clip has {frames} frames; num_frames must be more, got {total}")
+        return start, total
 
     def _encode_clip(self, clip: Clip) -> Video:
         pixels = clip_to_pixels(clip)[None].to(self.vision.device)
@@ -463,7 +498,7 @@ class Prompter:
 
     def _code_frames(self, num_frames: int) -> int:
         factor = self.vision.config.temporal_factor
-        num_frames = whole("num_frames", num_frames, least=1)
+        num_frames = whole("num_frames", num_frames, least=1, most=MOST_FRAMES)
         if num_frames < factor or num_frames % factor:
             near = max(round(num_frames / factor), 1) * factor
             raise EmulusError(f"num_frames must be a multiple of {factor}, got {num_frames}; the nearest is {near}")
