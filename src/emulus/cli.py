@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from emulus.errors import EmulusError, did_you_mean
@@ -31,6 +33,19 @@ VERBS = {
 }
 
 
+_REMEDIES = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "free some space, or send it elsewhere",
+    errno.EDQUOT: "free some space, or send it elsewhere",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EROFS: "choose another place: this disk is read-only",
+    errno.EISDIR: "it is a folder: name a file",
+    errno.ENOTDIR: "what is above it is no folder: choose another place",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+}
+
+
 def usage() -> str:
     """The text of ``emulus --help``."""
     width = max(map(len, VERBS))
@@ -50,16 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"emulus{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return error.status
     except BrokenPipeError:
-        # Whoever read the output has seen enough; what is left in the buffer must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has seen enough.
+        _drop_output()
         return 0
     except OSError as error:
-        # What no part of the program expected of the disk is still the disk's doing.
-        print(f"emulus: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        print(f"emulus: {EmulusError(_disk_message(error))}", file=sys.stderr)
+        if error.filename is None:
+            _drop_output()
         return 1
     except KeyboardInterrupt:
         print("emulus: interrupted", file=sys.stderr)
         return 130
+
+
+def _drop_output() -> None:
+    """What is left in the buffer must not complain at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -79,4 +101,15 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     set_up_logging()
     getattr(import_module(f"emulus.commands.{module}"), function)(arguments)
+    sys.stdout.flush()  # here, where a full disk can still be told of
     return 0
+
+
+def _disk_message(error: OSError) -> str:
+    """What no part of the program expected of the disk, and what to do about it."""
+    # Files are written through emulus.files, which names them; so what has no name is the output.
+    name = error.filename or "the standard output"
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    remedy = _REMEDIES.get(error.errno or 0, "choose another file, or check the disk")
+    return f"{name}: {error.strerror or error}; {remedy}"

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from emulus.commands.out import check_out
 from emulus.errors import EmulusError
 from emulus.hub import fetch
 from emulus.layouts.conversion import convert as convert_folder
@@ -45,6 +46,7 @@ class ConvertOptions:
 def convert(arguments: Sequence[str]) -> None:
     """``emulus convert SRC DST --to released|transformers|emulus``."""
     options = tyro.cli(ConvertOptions, args=list(arguments), prog="emulus convert")
+    check_out(options.dst, "folder")
     done = convert_folder(
         fetch(options.src),
         options.dst,

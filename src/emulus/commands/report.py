@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from emulus.commands.out import check_out
 from emulus.evaluate.report import write_report
 from emulus.evaluate.run_report import run_report
 
@@ -30,5 +31,6 @@ def report(arguments: Sequence[str]) -> None:
     """``emulus report RUN [--out FILE]``: prints the page's path."""
     options = tyro.cli(ReportOptions, args=list(arguments), prog="emulus report")
     out = options.out or options.run / "report.html"
+    check_out(out, "file")
     write_report(run_report(options.run), out)
     print(out)
