@@ -112,6 +112,8 @@ def several(name: str, value: Any, single: Any) -> Sequence[Any]:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: short, whatever it is."""
+    scalar = _scalar(value)
+    value = value if scalar is None else scalar
     if isinstance(value, str | bytes):
         short = repr(value[:_MOST_SHOWN])
         return short if len(value) <= _MOST_SHOWN else f"{short}..."

@@ -108,6 +108,10 @@ def load(
 def _check_path(name: str, path: str | Path) -> None:
     if not isinstance(path, str | Path) or not str(path).strip():
         raise EmulusError(f"{name} is {shown(path)} but must be a folder or a name on the hub such as BAAI/Emu3-Gen")
+    try:
+        Path(path).exists()
+    except (OSError, ValueError) as error:  # too long, or of characters that no name can have
+        raise EmulusError(f"{name} is {shown(str(path))}, which cannot be a folder's name; check it") from error
 
 
 def _memory(given: Mapping[str, int]) -> dict[str, int]:

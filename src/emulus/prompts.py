@@ -271,7 +271,8 @@ class Prompter:
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping):
                 raise EmulusError(f"message {index + 1} of the conversation is not {{'role': ..., 'content': ...}}")
-            role = message.get("role")
+            said = message.get("role")
+            role = said if isinstance(said, str) else None
             words, media = _content(message.get("content"), index + 1)
             self._check_text(f"the text of message {index + 1}", words)
             open_turn = bool(turns) and turns[-1].answer is None
@@ -283,7 +284,7 @@ class Prompter:
                 turns[-1] = dataclasses.replace(turns[-1], answer=words)
             else:
                 raise EmulusError(
-                    f"message {index + 1} of the conversation has role {shown(role)}: after a system message in words, "
+                    f"message {index + 1} of the conversation has role {shown(said)}: after a system message in words, "
                     "if any, 'user' and 'assistant' (in words) alternate, and the last is the user's"
                 )
         return system, turns
@@ -522,7 +523,7 @@ def check_compat(compat: str | None) -> None:
     Raises:
         EmulusError: It is neither ``"released"`` nor None.
     """
-    if compat is not None and compat != "released":
+    if compat is not None and not (isinstance(compat, str) and compat == "released"):
         raise EmulusError(f"unknown compat {shown(compat)}; it is 'released' or None")
 
 
@@ -541,15 +542,16 @@ def _content(content: Any, message: int) -> tuple[str, list[MediaSource]]:
     texts: list[str] = []
     media: list[MediaSource] = []
     for part in parts:
-        kind = part.get("type")
-        value = part.get(kind) if isinstance(kind, str) else None
+        said = part.get("type")
+        kind = said if isinstance(said, str) else ""
+        value = part.get(kind)
         if kind == "text" and isinstance(value, str):
             texts.append(value)
         elif kind in ("image", "video") and isinstance(value, MediaSource):
             media.append(value)
         else:
             raise EmulusError(
-                f"a part of message {message} has type {shown(kind)} and {shown(value)} in it; give 'text' with a str, "
+                f"a part of message {message} has type {shown(said)} and {shown(value)} in it; give 'text' with a str, "
                 f"or 'image' or 'video' with {_MEDIA}"
             )
     return " ".join(texts), media

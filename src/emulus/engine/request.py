@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -171,6 +171,6 @@ def _ids(name: str, ids: Any) -> Sequence[int]:
 def _kinds(may: Any) -> frozenset[str]:
     if may is None:
         return frozenset()
-    if isinstance(may, str) or not isinstance(may, Collection):
+    if not isinstance(may, Set | Sequence) or isinstance(may, str):
         raise EmulusError(f"may is {shown(may)} but must be a set of some of {', '.join(_MAY)}")
     return frozenset(choice("may", each, _MAY) for each in may)

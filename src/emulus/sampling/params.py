@@ -56,5 +56,5 @@ _CHECKS: Mapping[str, Callable[[str, Any], int | float]] = {
     "top_p": partial(number, above=0, most=1),
     "guidance_scale": partial(number, least=0, most=_MOST_SCALE),
     "seed": partial(whole, most=2**63 - 1),
-    "max_new_tokens": partial(whole, least=1),
+    "max_new_tokens": partial(whole, least=1, most=2**31 - 1),
 }
