@@ -23,9 +23,12 @@ from emulus.engine import Jacobi, Request, Schedule, Sequential, Token, Zipar
 from emulus.engine.cache import Lane
 from emulus.errors import EmulusError
 from emulus.media import Clip, clip_to_pixels, keep_still, pixels_to_clip
+from emulus.model import Decoder
+from emulus.model.loss import linear_cross_entropy
 from emulus.options import EngineOptions
 from emulus.pipeline import Emulus, _stripped
 from emulus.sequence import Image, Video, caption_last, templates
+from tests.unwritten import filled
 
 SCHEDULES = [Sequential(), Jacobi(window=6), Jacobi(), Zipar(window=1)]
 
@@ -379,3 +382,17 @@ def test_texts_that_no_context_can_hold_are_refused_before_they_are_looked_at(ti
     ):
         with pytest.raises(EmulusError, match="20,000,000 characters"):
             call()
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_no_product_is_given_memory_that_was_not_written(bfloat16: bool, tiny: Emulus) -> None:
+    """Drawing, describing and a training step, at widths that do not divide into registers."""
+    with filled(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        image = tiny.generate_image("x", seed=1)
+        tiny.describe(image)
+        ids = torch.randint(tiny.grammar.vocabulary.size, (1, 75))
+        decoder = Decoder(tiny.decoder.config)
+        hidden = decoder.hidden(ids, document_lengths=[33, 42])[0]
+        losses = linear_cross_entropy(hidden, decoder.lm_head.weight, ids[0], torch.ones(75) / 75)
+        losses.total.backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in decoder.parameters())

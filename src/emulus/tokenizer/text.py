@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -280,7 +281,7 @@ class _TokenizersBackend:
             raise EmulusError("this is no file of the tokenizers library; give its tokenizer.json")
         _check_normalizer(values.get("normalizer"))
         # Text must have its own ids, all of them, and the same ones every time.
-        changes = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        changes: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         plain = json.dumps(values | changes | {"model": values["model"] | {"dropout": None}})
         try:
             backend = cls(Tokenizer.from_str(plain))
