@@ -126,7 +126,7 @@ def _beside(path: Path, *, suffix: str = "") -> Path:
             long where the other is not.
         suffix: Stands at the end, too, since writers like Pillow choose the format by it.
     """
-    name = os.fsdecode(os.fsencode(path.name.removesuffix(suffix))[:100])
+    name = os.fsencode(path.name.removesuffix(suffix))[:100].decode("utf-8", errors="ignore")
     number = f"{os.getpid()}{secrets.randbelow(10**12):012d}"
     return path.with_name(f".{name}.{number}.tmp{suffix if len(suffix) <= 20 else ''}")
 

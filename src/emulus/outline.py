@@ -16,9 +16,10 @@ from emulus.engine import Request
 from emulus.engine.walk import Walk
 from emulus.hub import fetch
 from emulus.layouts import inspect_folder, read_text, with_vision
+from emulus.messages import MediaSource
 from emulus.model import Decoder
 from emulus.presets import MOST_TRIES, defaults_of, preset_called
-from emulus.prompts import MediaSource, Prompter
+from emulus.prompts import Prompter
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.weights import on_meta
 

@@ -26,9 +26,10 @@ from emulus.engine.scores import score
 from emulus.errors import EmulusError
 from emulus.log import progress_bar
 from emulus.media import Clip, clip_to_pixels, keep_still, pixels_to_clip, pixels_to_image
+from emulus.messages import MediaSource
 from emulus.options import EngineOptions
 from emulus.presets import MOST_TRIES
-from emulus.prompts import MediaSource, Prompter, as_request
+from emulus.prompts import Prompter, as_request
 from emulus.sequence import Image, Video, templates
 
 # What decides a picture; the rest of the sampling settings are of words.

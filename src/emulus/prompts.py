@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from io import IOBase
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-import numpy as np
 import torch
 from PIL import Image as PILImage
 
@@ -30,17 +28,13 @@ from emulus.media import (
     resize,
     smart_resize,
 )
+from emulus.messages import MEDIA, MediaSource, read_messages
 from emulus.model import Decoder
 from emulus.presets import DRAWING, MOST_FRAMES, MOST_PIXELS, WRITING, GenerationDefaults, Preset, preset_called
 from emulus.sampling import SamplingParams
 from emulus.sequence import Grammar, Image, Prompt, Turn, Video, templates
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer
-
-MediaSource = str | Path | bytes | bytearray | memoryview | IOBase | np.ndarray | torch.Tensor | PILImage.Image | Clip
-"""What an image or clip may be given as: a file, its content, an open file, an array or tensor of bytes, or itself."""
-
-_MEDIA = "a file's path, its bytes, an open file, a Pillow image, a uint8 array or tensor, or a Clip"
 
 Value = TypeVar("Value")
 
@@ -257,37 +251,17 @@ class Prompter:
     ) -> Request:
         self._expect("chat", messages=messages)
         params = self._text_params(seed, sampling)
-        system, turns = self._turns(messages, min_pixels, max_pixels)
+        system, said = read_messages(messages)
+        for place, each in enumerate(said, 1):
+            self._check_text(f"question {place}", each.text)
+            self._check_text(f"answer {place}", each.answer or "")
+        self._check_text("the system message", system or "")
+        turns = [
+            Turn(text=each.text, media=tuple(self._shown(each.media, min_pixels, max_pixels)), answer=each.answer)
+            for each in said
+        ]
         prompt = templates.converse(self.grammar, turns, system=system, wording=self.preset.wording)
         return as_request(prompt, params)
-
-    def _turns(
-        self, messages: Sequence[Mapping[str, Any]], min_pixels: int | None, max_pixels: int | None
-    ) -> tuple[str | None, list[Turn]]:
-        system: str | None = None
-        turns: list[Turn] = []
-        if not messages:
-            raise EmulusError("the conversation is empty: give at least {'role': 'user', 'content': ...}")
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping):
-                raise EmulusError(f"message {index + 1} of the conversation is not {{'role': ..., 'content': ...}}")
-            said = message.get("role")
-            role = said if isinstance(said, str) else None
-            words, media = _content(message.get("content"), index + 1)
-            self._check_text(f"the text of message {index + 1}", words)
-            open_turn = bool(turns) and turns[-1].answer is None
-            if role == "system" and index == 0 and not media:
-                system = words
-            elif role == "user" and not open_turn:
-                turns.append(Turn(text=words, media=tuple(self._shown(media, min_pixels, max_pixels))))
-            elif role == "assistant" and open_turn and not media:
-                turns[-1] = dataclasses.replace(turns[-1], answer=words)
-            else:
-                raise EmulusError(
-                    f"message {index + 1} of the conversation has role {shown(said)}: after a system message in words, "
-                    "if any, 'user' and 'assistant' (in words) alternate, and the last is the user's"
-                )
-        return system, turns
 
     def _request(self, prompt: Prompt, seed: int | None, **sampling: Any) -> Request:
         return as_request(prompt, self._params(seed, sampling))
@@ -424,13 +398,8 @@ class Prompter:
         height, width, fps = self.defaults.height, self.defaults.width, self.defaults.fps
         least = whole("min_pixels", self._own("min_pixels", min_pixels), most=MOST_PIXELS**2)
         most = whole("max_pixels", self._own("max_pixels", max_pixels), most=MOST_PIXELS**2)
-        # 0 is for models of one size; else nothing smaller than one code can be shown.
-        if 0 < most < self.vision.config.spatial_factor**2:
-            raise EmulusError(
-                f"max_pixels is {most} but must be at least {self.vision.config.spatial_factor**2}, one code"
-            )
         if not isinstance(media, MediaSource):
-            raise EmulusError(f"{shown(media)} is no image or clip: give {_MEDIA}")
+            raise EmulusError(f"{shown(media)} is no image or clip: give {MEDIA}")
         if isinstance(media, Clip):
             media = resample(media, fps)
         elif isinstance(media, PILImage.Image):
@@ -443,6 +412,8 @@ class Prompter:
             if not most:
                 return fit(media, height, width)
             factor = self.vision.config.spatial_factor
+            if most < factor**2:
+                raise EmulusError(f"max_pixels is {most} but must be at least {factor**2}, one code")
             sides = smart_resize(media.height, media.width, factor=factor, min_pixels=least, max_pixels=most)
             return resize(media, *sides)
         factor = self.vision.config.temporal_factor
@@ -529,29 +500,3 @@ def check_compat(compat: str | None) -> None:
 
 def _and(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-
-
-def _content(content: Any, message: int) -> tuple[str, list[MediaSource]]:
-    """Text and media of a message."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
-        raise EmulusError(
-            f"the content of message {message} must be text or a list of {{'type': 'text', 'text': ...}} and the like, "
-            f"got {shown(content)}"
-        )
-    texts: list[str] = []
-    media: list[MediaSource] = []
-    for part in parts:
-        said = part.get("type")
-        kind = said if isinstance(said, str) else ""
-        value = part.get(kind)
-        if kind == "text" and isinstance(value, str):
-            texts.append(value)
-        elif kind in ("image", "video") and isinstance(value, MediaSource):
-            media.append(value)
-        else:
-            raise EmulusError(
-                f"a part of message {message} has type {shown(said)} and {shown(value)} in it; give 'text' with a str, "
-                f"or 'image' or 'video' with {_MEDIA}"
-            )
-    return " ".join(texts), media
