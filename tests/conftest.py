@@ -27,6 +27,10 @@ from emulus.presets import GenerationDefaults
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vocabulary import Vocabulary, token_name
+from tests import unwritten
+
+if unwritten.FILL:
+    unwritten.fill_from_now_on()
 
 REPOSITORY = Path(__file__).parents[1]
 

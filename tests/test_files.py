@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from emulus.data.tokenize import _TEMPORARY
 from emulus.errors import EmulusError
-from emulus.files import write_file, write_text
+from emulus.files import COMPLETE, new_folder, write_file, write_text
 
 
 def test_every_writer_makes_files_that_others_may_read(tmp_path: Path) -> None:
@@ -38,3 +43,56 @@ def test_what_is_not_whole_does_not_appear(tmp_path: Path) -> None:
         write_file(path, stopped)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _at_once(work: Callable[[int], object], threads: int = 8) -> None:
+    start = threading.Barrier(threads)
+
+    def run(number: int) -> None:
+        start.wait()
+        for _ in range(10):
+            work(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    _at_once(lambda number: write_text(path, str(number) * 10_000))
+    text = path.read_text()
+    assert text == text[0] * 10_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_that_fill_one_folder_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+
+    def fill(number: int) -> None:
+        with new_folder(path) as temporary:
+            for name in "ab":
+                (temporary / name).write_text(str(number))
+
+    _at_once(fill, threads=4)
+    assert (path / "a").read_text() == (path / "b").read_text()
+    assert {file.name for file in path.iterdir()} == {"a", "b", COMPLETE}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".png", "a" + "é" * 125 + ".png", "a." + "b" * 250])
+def test_a_name_as_long_as_names_may_be(name: str, tmp_path: Path) -> None:
+    write_file(tmp_path / name, lambda temporary: temporary.write_text(temporary.name, encoding="utf-8"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with new_folder(tmp_path / "folders" / name) as temporary:
+        (temporary / "a").touch()
+    assert (tmp_path / "folders" / name / "a").exists()
+
+
+def test_temporary_names_are_those_that_are_cleaned_up(tmp_path: Path) -> None:
+    """A run that was killed leaves them; whoever goes on knows them by their form."""
+    seen: list[str] = []
+    write_file(tmp_path / "shard.arrayrecord", lambda path: (seen.append(path.name), path.touch()))
+    with new_folder(tmp_path / "step-00000001") as temporary:
+        seen.append(temporary.name)
+    assert all(_TEMPORARY.fullmatch(name) for name in seen)
+    assert fnmatch.fnmatch(seen[1], ".step-*.tmp")

@@ -47,11 +47,11 @@ def test_auto_goes_one_after_another_where_rounding_depends_on_the_step() -> Non
     [
         ({"schedule": "jacoby"}, "no schedule 'jacoby'; did you mean 'jacobi'"),
         ({"schedule": 3}, "schedule is 3 but must be a value of emulus.engine"),
-        ({"kv_budget": "1GB"}, "kv_budget must be at least 1, got '1GB'"),
+        ({"kv_budget": "1GB"}, "kv_budget is '1GB' but must be"),
         ({"kv_dtype": "bfloat16"}, "kv_dtype is 'bfloat16' but must be a type of torch"),
         ({"schedule": "quick"}, "choose from auto, jacobi, sequential, zipar"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"kv_budget": 0}, "kv_budget must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0 but must be"),
+        ({"kv_budget": 0}, "kv_budget is 0 but must be"),
     ],
 )
 def test_wrong_options_are_found_before_a_model_is_looked_for(wrong: dict[str, Any], message: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from emulus.engine import Jacobi, Request, Schedule, Sequential, Token, Zipar
 from emulus.engine.cache import Lane
 from emulus.errors import EmulusError
 from emulus.media import Clip, clip_to_pixels, keep_still, pixels_to_clip
+from emulus.model import Decoder
+from emulus.model.loss import linear_cross_entropy
 from emulus.options import EngineOptions
 from emulus.pipeline import Emulus, _stripped
 from emulus.sequence import Image, Video, caption_last, templates
+from tests.unwritten import filled
 
 SCHEDULES = [Sequential(), Jacobi(window=6), Jacobi(), Zipar(window=1)]
 
@@ -75,7 +79,7 @@ def test_a_model_may_choose_among_several_by_default(tiny: Emulus) -> None:
     assert choosy.generate_image("a cat", seed=2, best_of=1).tobytes() == tiny.generate_image("a cat", seed=2).tobytes()
     likeliest = choosy.generate_image("a cat", seed=2, temperature=0.0)
     assert json.loads(likeliest.info["emulus"])["seed"] == 2, "without noise there is nothing to choose from"
-    with pytest.raises(EmulusError, match="best_of must be at least 1"):
+    with pytest.raises(EmulusError, match="best_of is 0 but must be"):
         tiny.generate_image("a cat", best_of=0)
 
 
@@ -277,3 +281,131 @@ def test_a_part_of_a_model(tiny: Emulus, tmp_path: Path) -> None:
         _ = vision.decoder
     with pytest.raises(EmulusError, match="no vision tokenizer"):
         _ = Emulus(Bundle()).vision
+
+
+NUMBERS = ("3", b"3", [3], {}, True, math.nan, math.inf, -1, 10**400, object(), np.array([1, 2]), 1j)
+WHOLE = (*NUMBERS, 1.5)
+NO_TEXT: list[Any] = [3, 1.5, b"x", ["x"], {}, object(), np.array(3), True]
+NO_MEDIA: list[Any] = [None, 3, 1.5, {}, object(), True]
+ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Sequence[Any]]]] = {
+    "generate_image": (
+        {"prompt": "x"},
+        {
+            "prompt": [None, *NO_TEXT],
+            "negative_prompt": NO_TEXT,
+            "ratio": [3, 1.5, b"x", object()],
+            **dict.fromkeys(("height", "width", "image_area", "num_images_per_prompt", "best_of"), WHOLE),
+            **dict.fromkeys(("seed", "top_k"), WHOLE),
+            **dict.fromkeys(("temperature", "top_p", "guidance_scale"), NUMBERS),
+        },
+    ),
+    "generate_images": ({"prompts": ["x"]}, {"prompts": [None, "x", 3, {"x"}, iter("x")], "ratio": [["1:1", "1:1"]]}),
+    "stream_image": ({"prompt": "x"}, {"prompt": [None, *NO_TEXT], "seed": NUMBERS, "height": NUMBERS}),
+    "generate_video": ({"prompt": "x"}, {"prompt": [None, *NO_TEXT], "num_frames": [*NUMBERS, 8.0], "fps": NUMBERS}),
+    "stream_video": ({"prompt": "x"}, {"prompt": [None, *NO_TEXT], "num_frames": [*NUMBERS, 8.0], "fps": NUMBERS}),
+    "continue_video": ({"clip": "x.mp4"}, {"clip": NO_MEDIA, "prompt": NO_TEXT, "num_frames": [*NUMBERS, 8.0]}),
+    "describe": (
+        {"media": PILImage.new("RGB", (16, 16))},
+        {"media": NO_MEDIA, **dict.fromkeys(("seed", "min_pixels", "max_pixels", "max_new_tokens"), WHOLE)},
+    ),
+    "describe_all": ({"media": []}, {"media": [None, "x.png", PILImage.new("RGB", (16, 16)), b"x", {}, 3]}),
+    "answer": ({"media": [], "question": "x"}, {"media": NO_MEDIA, "question": [None, *NO_TEXT]}),
+    "stream_answer": ({"media": [], "question": "x"}, {"question": [None, *NO_TEXT]}),
+    "chat": ({}, {"messages": [None, "hi", 3, [], [3], [{}], [{"role": "user"}], [{"role": 3, "content": "x"}]]}),
+    "encode_all": ({"media": []}, {"media": [None, "x.png"], "padding_image": [1, "yes", np.array([1, 2])]}),
+    "decode": ({}, {"media": [None, 3, "x.png", torch.zeros(2, 2, dtype=torch.int64)]}),
+    "drawing_prompt": ({"text": "x"}, {"text": [None, *NO_TEXT], "ratio": [3, "x"], "image_area": NUMBERS}),
+    "save": ({}, {"folder": [None, 3, b"x"]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"), [(method, argument) for method, (_, wrong) in ARGUMENTS.items() for argument in wrong]
+)
+def test_wrong_types_are_one_line_at_the_door(method: str, argument: str, tiny: Emulus) -> None:
+    given, wrong = ARGUMENTS[method]
+    for value in wrong[argument]:
+        with pytest.raises(EmulusError) as raised:
+            getattr(tiny, method)(**{**given, argument: value})
+        message = str(raised.value)
+        assert "\n" not in message
+        assert len(message) < 300
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tiny: Emulus) -> None:
+    plain = tiny.generate_images(["x"], seed=3, height=16, width=16, num_images_per_prompt=2, top_p=0.5)
+    ours = {"seed": np.int64(3), "height": np.array(16), "width": torch.tensor(16), "top_p": np.float32(0.5)}
+    other = tiny.generate_images(["x"], num_images_per_prompt=np.uint8(2), **ours)
+    assert [each.tobytes() for each in plain] == [each.tobytes() for each in other]
+
+
+@pytest.mark.parametrize("call", ["generate_image", "generate_video", "describe", "answer", "chat", "continue_video"])
+def test_none_is_the_models_own_default(call: str, tiny: Emulus) -> None:
+    clip = Clip((PILImage.new("RGB", (16, 16)),) * 4, 8.0)
+    given = {
+        "describe": {"media": clip},
+        "answer": {"media": clip, "question": "x"},
+        "chat": {"messages": [{"role": "user", "content": "x"}]},
+        "continue_video": {"clip": clip},
+    }.get(call, {"prompt": "x"})
+    own = {
+        "generate_image": [
+            "negative_prompt",
+            "height",
+            "width",
+            "ratio",
+            "image_area",
+            "num_images_per_prompt",
+            "best_of",
+        ],
+        "generate_video": ["negative_prompt", "height", "width", "num_frames", "fps"],
+        "continue_video": ["prompt", "num_frames"],
+    }.get(call, ["min_pixels", "max_pixels", "max_new_tokens"])
+    defaults = dataclasses.replace(tiny.defaults, best_of=2, text_temperature=0.7, text_top_k=5, text_top_p=0.8)
+    model = Emulus(dataclasses.replace(tiny.bundle, defaults=defaults))
+    asked: list[list[Request]] = []
+    generate = model._generate
+
+    def generated(requests: Sequence[Request]) -> Any:
+        asked.append(list(requests))
+        return generate(requests)
+
+    model._generate = generated  # type: ignore[method-assign]
+    usual = getattr(model, call)(**given)
+    every = dict.fromkeys([*own, "seed", "temperature", "top_k", "top_p", "guidance_scale"])
+    same = getattr(model, call)(**given, **every)
+    assert asked[: len(asked) // 2] == asked[len(asked) // 2 :]
+    if isinstance(usual, Clip):
+        assert [frame.tobytes() for frame in usual.frames] == [frame.tobytes() for frame in same.frames]
+    else:
+        assert usual == same
+    if call in ("describe", "answer", "chat"):
+        params = asked[0][0].params
+        assert (params.temperature, params.top_k, params.top_p, params.guidance_scale) == (0.7, 5, 0.8, 1.0)
+
+
+def test_texts_that_no_context_can_hold_are_refused_before_they_are_looked_at(tiny: Emulus) -> None:
+    long = "a\u0301" * 10_000_000
+    for call in (
+        lambda: tiny.generate_image(long),
+        lambda: tiny.generate_image("x", negative_prompt=long),
+        lambda: tiny.answer([], long),
+        lambda: tiny.chat([{"role": "user", "content": long}]),
+        lambda: tiny.drawing_prompt(long),
+    ):
+        with pytest.raises(EmulusError, match="20,000,000 characters"):
+            call()
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_no_product_is_given_memory_that_was_not_written(bfloat16: bool, tiny: Emulus) -> None:
+    """Drawing, describing and a training step, at widths that do not divide into registers."""
+    with filled(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        image = tiny.generate_image("x", seed=1)
+        tiny.describe(image)
+        ids = torch.randint(tiny.grammar.vocabulary.size, (1, 75))
+        decoder = Decoder(tiny.decoder.config)
+        hidden = decoder.hidden(ids, document_lengths=[33, 42])[0]
+        losses = linear_cross_entropy(hidden, decoder.lm_head.weight, ids[0], torch.ones(75) / 75)
+        losses.total.backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in decoder.parameters())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from emulus.codec import as_mapping, check_not_lfs, parse_json
 from emulus.errors import EmulusError, shown
@@ -28,6 +30,7 @@ MAX_TEXT_VOCABULARY_BYTES = 2**27
 """Of emu3.tiktoken and emu3_vision_tokens.txt, which have 2 and 1 MB."""
 COMPLETE = "COMPLETE"
 LOCK = ".lock"
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -68,8 +71,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         EmulusError: The disk is full or the folder may not be written to; ``path`` is untouched.
     """
-    # The suffix is kept, since writers like Pillow choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = _beside(path, suffix=path.suffix)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -152,16 +154,28 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         EmulusError: The disk is full or the place may not be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
             finish_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path, *, suffix: str = "") -> Path:
+    """A hidden name beside ``path`` that nobody else uses, whichever process, thread or machine: ``.NAME.NUMBER.tmp``.
+
+    Args:
+        path: What will have its own name later. Of a long name only the beginning is taken, or this one could be too
+            long where the other is not.
+        suffix: Stands at the end, too, since writers like Pillow choose the format by it.
+    """
+    name = os.fsencode(path.name.removesuffix(suffix))[:100].decode("utf-8", errors="ignore")
+    number = f"{os.getpid()}{secrets.randbelow(10**12):012d}"
+    return path.with_name(f".{name}.{number}.tmp{suffix if len(suffix) <= 20 else ''}")
 
 
 def finish_folder(temporary: Path, path: Path) -> None:
@@ -178,9 +192,19 @@ def finish_folder(temporary: Path, path: Path) -> None:
         fsync(file)
     (temporary / COMPLETE).touch()
     fsync(temporary)
-    if path.exists():
-        remove_folder(path)
-    os.replace(temporary, path)
+    for _ in range(100):
+        with suppress(FileNotFoundError):  # another thread may remove the older one, too
+            if path.exists():
+                remove_folder(path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            break
+    else:
+        raise OSError(errno.EBUSY, "others go on putting folders there", str(path))
     fsync(path.parent)
 
 
@@ -190,9 +214,7 @@ def remove_folder(path: Path) -> None:
     Raises:
         OSError: It may not be renamed.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-    # Left by one that was killed and had the same number.
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _beside(path)
     os.replace(path, aside)
     # Its name must be gone on the disk before its files are.
     fsync(path.parent)
@@ -271,24 +293,59 @@ def check_out(out: Path, **read: Path | str | None) -> None:
             be. Names of the hub and empty ones are passed over.
 
     Raises:
-        EmulusError: It is a file, its name is too long or not UTF-8, a part of its path is a file, it may not be made
-            there, or it is what is read.
+        EmulusError: As :func:`check_place`; or ``out`` is what is read.
     """
-    check_path(out, "--out")
-    try:
-        exists = out.exists()
-        if exists and not out.is_dir():
-            raise EmulusError(f"--out {out} is not a folder; choose another --out")
-        parent = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
-        if not parent.is_dir():
-            raise EmulusError(f"{parent} is not a folder, so --out {out} cannot be made; choose another --out")
-    except OSError as error:
-        raise EmulusError(f"--out {out} cannot be used ({error.strerror}); choose another --out") from None
-    if not exists and not os.access(parent, os.W_OK | os.X_OK):
-        raise EmulusError(f"not allowed to write to {parent}; choose another --out or change its permissions")
+    check_place(out, "folder")
     for flag, place in read.items():
         if place and os.path.exists(place) and os.path.realpath(place) == os.path.realpath(out):
             raise EmulusError(f"--out {out} is the {flag.replace('_', ' ')}, which is read; choose another --out")
+
+
+def check_place(path: Path, kind: Literal["file", "folder"]) -> None:
+    """Refuse a place that cannot be written to, before anything is computed for it.
+
+    Args:
+        path: Where something shall be; folders above it that are missing are made later.
+        kind: What it will be.
+
+    Raises:
+        EmulusError: The name is too long or not UTF-8, something of another kind has it, what is above it is no
+            folder, or nothing can be written there.
+    """
+    check_path(path, "the output")
+    _check_name(path)
+    try:
+        _check_free(path, kind)
+    except OSError as error:
+        raise EmulusError(f"{path} cannot be written ({error.strerror or error}); choose another place") from None
+
+
+def _check_name(path: Path) -> None:
+    # In bytes, as file systems count.
+    names = [os.fsencode(part) for part in path.parts]
+    longest = max(map(len, names), default=0)
+    if longest > _LONGEST_NAME or len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+        raise EmulusError(
+            f"the name {os.fsdecode(max(names, key=len)[:40])}... is too long to be written; names have at most "
+            f"{_LONGEST_NAME} bytes and paths {_LONGEST_PATH:,}: choose a shorter one"
+        )
+
+
+def _check_free(path: Path, kind: Literal["file", "folder"]) -> None:
+    if path.is_dir():
+        if kind != "folder":
+            raise EmulusError(f"{path} is a folder; name a file, such as {path / 'out'}{path.suffix}")
+        above = path
+    else:
+        if path.exists() and (kind == "folder" or not path.is_file()):
+            what = "a file; choose a folder" if path.is_file() else "not a plain file; choose another name"
+            raise EmulusError(f"{path} is {what}")
+        above = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
+    if not above.is_dir():
+        raise EmulusError(f"{above} is not a folder, so {path} cannot be written; choose another place")
+    # Asking for permissions is not enough: disks may be read-only, and /proc takes no files.
+    with tempfile.NamedTemporaryFile(dir=above, prefix=".emulus-", suffix=".tmp"):
+        pass
 
 
 def check_path(path: Path | str, what: str) -> None:

@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 
 from emulus.bundle import load_bundle
+from emulus.checks import shown, text, whole
 from emulus.engine import Schedule
 from emulus.engine.runner import Runner
+from emulus.errors import EmulusError
 from emulus.model.quantize import Quantization
 from emulus.options import EngineOptions, ScheduleName
 from emulus.pipeline import Emulus
@@ -68,9 +70,24 @@ def load(
 
     Raises:
         EmulusError: There is no model, it is damaged, it does not fit into memory, or an option is wrong.
+
+    Options that are None are what they are by default, but for ``dtype``.
     """
     # Wrong options are better found before gigabytes are read than after.
     check_compat(compat)
+    _check_path("path", path)
+    if vision is not None:
+        _check_path("vision", vision)
+    for name, value in {"revision": revision, "preset": preset, "quantize": quantize}.items():
+        if value is not None:
+            text(name, value)
+    device = "auto" if device is None else text("device", str(device) if isinstance(device, torch.device) else device)
+    vision_dtype = "float32" if vision_dtype is None else vision_dtype
+    for name, kind in {"dtype": dtype, "vision_dtype": vision_dtype}.items():
+        if kind is not None and not isinstance(kind, torch.dtype):
+            text(name, kind)
+    if max_memory is not None:
+        max_memory = _memory(max_memory)
     options = EngineOptions(schedule=schedule, kv_budget=kv_budget, kv_dtype=kv_dtype, batch_size=batch_size)
     bundle = load_bundle(
         path,
@@ -86,3 +103,18 @@ def load(
     if bundle.decoder is not None and kv_dtype is not None:
         Runner(bundle.decoder, kv_dtype=kv_dtype)  # whether such keys and values are possible, before they are needed
     return Emulus(bundle, compat=compat, device=device, options=options)
+
+
+def _check_path(name: str, path: str | Path) -> None:
+    if not isinstance(path, str | Path) or not str(path).strip():
+        raise EmulusError(f"{name} is {shown(path)} but must be a folder or a name on the hub such as BAAI/Emu3-Gen")
+    try:
+        Path(path).exists()
+    except (OSError, ValueError) as error:  # too long, or of characters that no name can have
+        raise EmulusError(f"{name} is {shown(str(path))}, which cannot be a folder's name; check it") from error
+
+
+def _memory(given: Mapping[str, int]) -> dict[str, int]:
+    if not isinstance(given, Mapping):
+        raise EmulusError(f"max_memory is {shown(given)} but must be bytes by device, such as {{'cpu': 2**34}}")
+    return {text("a device of max_memory", name): whole(f"max_memory of {name}", size) for name, size in given.items()}

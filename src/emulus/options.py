@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 import torch
 
+from emulus.checks import choice, shown, whole
 from emulus.engine import Engine, Jacobi, Schedule, Sequential, Zipar
 from emulus.engine.runner import Runner
-from emulus.errors import EmulusError, at_least, did_you_mean
+from emulus.errors import EmulusError
 from emulus.log import logger
 from emulus.model import Decoder
 from emulus.sequence import Grammar
@@ -31,6 +32,11 @@ class EngineOptions:
         kv_budget: Bytes for keys and values on each device; None is nine tenths of what is free.
         kv_dtype: Of keys and values, as for :class:`~emulus.engine.runner.Runner`.
         batch_size: Most requests that are computed together.
+
+    None is the default for each of them.
+
+    Raises:
+        EmulusError: A value is of the wrong type or out of range.
     """
 
     schedule: ScheduleName | Schedule = "auto"
@@ -39,16 +45,17 @@ class EngineOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        names = get_args(ScheduleName)
-        if not isinstance(self.schedule, str | Sequential | Jacobi | Zipar):
-            raise EmulusError(f"schedule is {self.schedule!r} but must be a value of emulus.engine, or a name")
+        schedule = "auto" if self.schedule is None else self.schedule
+        if not isinstance(schedule, Sequential | Jacobi | Zipar):
+            if not isinstance(schedule, str):
+                raise EmulusError(f"schedule is {shown(schedule)} but must be a value of emulus.engine, or a name")
+            choice("schedule", schedule, get_args(ScheduleName))
         if self.kv_dtype is not None and not isinstance(self.kv_dtype, torch.dtype):
-            raise EmulusError(f"kv_dtype is {self.kv_dtype!r} but must be a type of torch, such as torch.bfloat16")
-        if isinstance(self.schedule, str) and self.schedule not in names:
-            raise EmulusError(f"there is no schedule {self.schedule!r}{did_you_mean(self.schedule, names)}")
-        at_least(1, batch_size=self.batch_size)
-        if self.kv_budget is not None:
-            at_least(1, kv_budget=self.kv_budget)
+            raise EmulusError(f"kv_dtype is {shown(self.kv_dtype)} but must be a type of torch, such as torch.bfloat16")
+        together = 8 if self.batch_size is None else whole("batch_size", self.batch_size, least=1)
+        budget = None if self.kv_budget is None else whole("kv_budget", self.kv_budget, least=1)
+        for name, value in {"schedule": schedule, "batch_size": together, "kv_budget": budget}.items():
+            object.__setattr__(self, name, value)
 
     def engine(self, decoder: Decoder, grammar: Grammar) -> Engine:
         """Make the engine; one line says if it will draw other pictures than the reference."""

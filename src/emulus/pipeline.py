@@ -20,17 +20,23 @@ from torch import Tensor
 
 from emulus import __version__
 from emulus.bundle import Bundle
+from emulus.checks import several, shown, whole
 from emulus.engine import Engine, Frame, Request, Result, Row, TextPiece, Token
 from emulus.engine.scores import score
-from emulus.errors import EmulusError, at_least
+from emulus.errors import EmulusError
 from emulus.log import progress_bar
-from emulus.media import Clip, clip_to_pixels, keep_still, pixels_to_clip, pixels_to_image
+from emulus.media import Clip, MediaSource, clip_to_pixels, keep_still, pixels_to_clip, pixels_to_image
 from emulus.options import EngineOptions
-from emulus.prompts import MediaSource, Prompter
+from emulus.presets import MOST_TRIES
+from emulus.prompts import Prompter, as_request
 from emulus.sequence import Image, Video, templates
 
 # What decides a picture; the rest of the sampling settings are of words.
 _OF_PICTURES = ("seed", "temperature", "top_k", "top_p", "guidance_scale")
+
+
+MOST_IMAGES = 2**16
+"""Most images of one prompt in a call."""
 
 
 class Drawn(NamedTuple):
@@ -86,8 +92,8 @@ class Emulus(Prompter):
         width: int | None = None,
         ratio: str | Sequence[str] | None = None,
         image_area: int | None = None,
-        seed: int = 0,
-        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        num_images_per_prompt: int | None = None,
         best_of: int | None = None,
         **sampling: Any,
     ) -> list[PILImage.Image]:
@@ -114,15 +120,16 @@ class Emulus(Prompter):
         Raises:
             EmulusError: An empty prompt, a size that does not fit the model, or a value out of range.
         """
-        self._expect("draw", prompts)
-        at_least(1, num_images_per_prompt=num_images_per_prompt)
-        ratios = [ratio] * len(prompts) if ratio is None or isinstance(ratio, str) else list(ratio)
+        self._expect("draw", prompts=prompts)
+        each = 1 if num_images_per_prompt is None else num_images_per_prompt
+        numbers = range(whole("num_images_per_prompt", each, least=1, most=MOST_IMAGES))
+        first = self._params(seed, sampling).seed
+        ratios = [ratio] * len(prompts) if ratio is None or isinstance(ratio, str) else several("ratio", ratio, str)
         if len(ratios) != len(prompts):
             raise EmulusError(f"{len(ratios)} ratios are given for {len(prompts)} prompts; give one, or one for each")
-        numbers = range(num_images_per_prompt)
         drawn = self.draw_codes(
             [prompt for prompt in prompts for _ in numbers],
-            [seed + number for _ in prompts for number in numbers],
+            [(first + number) % 2**63 for _ in prompts for number in numbers],
             negative_prompt=negative_prompt,
             height=height,
             width=width,
@@ -153,7 +160,7 @@ class Emulus(Prompter):
 
         Args:
             prompts: What each picture shows.
-            seeds: Of each picture.
+            seeds: Of each picture, as many as prompts.
             negative_prompt: As in :meth:`generate_images`, like all that follow.
             height: Of all pictures.
             width: Of all pictures.
@@ -162,29 +169,37 @@ class Emulus(Prompter):
             best_of: Drawn for each picture.
             sampling: Of all pictures.
         """
-        self._expect("draw", prompts)
-        tries = self.defaults.best_of if best_of is None else best_of
-        at_least(1, best_of=tries)
+        self._expect("draw", prompts=prompts, seeds=seeds)
+        shapes = [None] * len(prompts) if ratios is None else several("ratios", ratios, str)
+        if not len(prompts) == len(seeds) == len(shapes):
+            raise EmulusError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(shapes)} ratios; give one of each")
+        tries = whole("best_of", self._own("best_of", best_of), least=1, most=MOST_TRIES)
         # Without noise all tries would be the same.
-        tries = tries if sampling.get("temperature", self.defaults.temperature) else 1
+        tries = tries if self._params(None, sampling).temperature else 1
         if tries > 1:
             self._expect("caption")
         _ = self.vision  # where it is missing, before hours of drawing
         requests: list[Request] = []
-        for prompt, seed, ratio in zip(prompts, seeds, ratios or [None] * len(prompts), strict=True):
+        for prompt, seed, ratio in zip(prompts, seeds, shapes, strict=True):
             drawing = self._drawing(prompt, negative_prompt, height, width, ratio, image_area)
-            requests += [self._request(drawing, each, **sampling) for each in _apart(seed, tries)]
+            first = self._request(drawing, seed, **sampling)
+            requests += [_with_seed(first, each) for each in _apart(first.params.seed, tries)]
         media = [self._medium(ids) for ids in self._finish(requests)]
         found = []
-        for prompt, first in zip(prompts, range(0, len(media), tries), strict=True):
-            kept = first + self.likeliest(prompt, media[first : first + tries])
+        for prompt, start in zip(prompts, range(0, len(media), tries), strict=True):
+            kept = start + self.likeliest(prompt, media[start : start + tries])
             found.append(Drawn(media[kept], requests[kept], self._note(prompt, negative_prompt)))
         return found
 
     def likeliest(self, prompt: str, media: Sequence[Image | Video]) -> int:
         """Which of some pictures or clips, as codes, the model would most likely give the prompt as a caption."""
+        for medium in several("media", media, MediaSource):
+            _check_codes(medium, self.grammar.vocabulary.visual_size)
+        self._check_text("prompt", prompt)
         if len(media) == 1:
             return 0
+        if not media:
+            raise EmulusError("media is empty: give at least one image or clip, as codes")
         wording = self.preset.wording
         documents = [templates.captioned(self.grammar, medium, prompt, wording=wording) for medium in media]
         words = [np.arange(len(ids)) >= start for ids, start in documents]
@@ -200,7 +215,7 @@ class Emulus(Prompter):
         width: int | None = None,
         ratio: str | None = None,
         image_area: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         **sampling: Any,
     ) -> Generator[PILImage.Image]:
         """Draw one picture and show it after every row of cells: the rows so far, the rest grey.
@@ -234,7 +249,7 @@ class Emulus(Prompter):
         width: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         **sampling: Any,
     ) -> Generator[Clip]:
         """Animate one prompt and show the clip so far after every frame of codes (four frames of pixels).
@@ -266,7 +281,7 @@ class Emulus(Prompter):
         width: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         **sampling: Any,
     ) -> list[Clip]:
         """Animate prompts, all in one batch.
@@ -284,7 +299,7 @@ class Emulus(Prompter):
         Raises:
             EmulusError: As for pictures.
         """
-        self._expect("animate", prompts)
+        self._expect("animate", prompts=prompts)
         requests = []
         for prompt in prompts:
             animation = self._animation(prompt, negative_prompt, height, width, num_frames, fps)
@@ -292,7 +307,13 @@ class Emulus(Prompter):
         return [self._clip(self._medium(request)) for request in self._finish(requests)]
 
     def continue_video(
-        self, clip: MediaSource, *, prompt: str = "", num_frames: int | None = None, seed: int = 0, **sampling: Any
+        self,
+        clip: MediaSource,
+        *,
+        prompt: str | None = None,
+        num_frames: int | None = None,
+        seed: int | None = None,
+        **sampling: Any,
     ) -> Clip:
         """Go on with a clip, for as long as wanted.
 
@@ -316,28 +337,26 @@ class Emulus(Prompter):
             EmulusError: The clip cannot be read or leaves nothing to add.
         """
         self._expect("continue")
-        start = self._fitted(clip)
-        if not isinstance(start, Clip):
-            raise EmulusError("a picture cannot be continued: give a clip")
+        prompt = "" if prompt is None else prompt
+        self._check_text("prompt", prompt)
+        # Guidance has nothing to lead away from then.
+        sampling = sampling if prompt else {**sampling, "guidance_scale": 1.0}
+        params = self._params(seed, sampling)
+        start, total = self._start_and_total(clip, num_frames)
         frames = list(start.frames)
         factor = self.vision.config.temporal_factor
-        total = factor * self._code_frames(2 * len(frames) if num_frames is None else num_frames)
-        if total <= len(frames):
-            raise EmulusError(f"the clip has {len(frames)} frames; num_frames must be more, got {total}")
-        if not prompt:
-            sampling["guidance_scale"] = 1.0
         window = max(self._code_frames(self.defaults.num_frames), 2)
         while len(frames) < total:
             seen = frames if len(frames) < window * factor else frames[-(window // 2) * factor :]
             video = self._encode_clip(Clip(tuple(seen), start.fps))
             end = min(window, len(video.codes) + (total - len(frames)) // factor)
             asked = templates.continue_video(self.grammar, prompt, video, end, wording=self.preset.wording)
-            (ids,) = self._finish([self._request(asked, seed, **sampling)])
+            (ids,) = self._finish([as_request(asked, params)])
             painted, given = self._paint(self._medium(ids).codes[None])[0], clip_to_pixels(Clip(tuple(seen), start.fps))
             further = keep_still(painted, given, cell=self.vision.config.spatial_factor)
             frames += pixels_to_clip(further, start.fps).frames
             # The next window's positions are the same again; the same noise would repeat what they drew.
-            seed += 1
+            params = dataclasses.replace(params, seed=(params.seed + 1) % 2**63)
         return Clip(tuple(frames), start.fps)
 
     # Describing and answering.
@@ -350,7 +369,7 @@ class Emulus(Prompter):
         self,
         media: Sequence[MediaSource],
         *,
-        seed: int = 0,
+        seed: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         **sampling: Any,
@@ -419,6 +438,7 @@ class Emulus(Prompter):
 
     def decode(self, media: Image | Video) -> PILImage.Image | Clip:
         """The picture or clip of codes."""
+        _check_codes(media, self.vision.config.codebook_size)
         if isinstance(media, Video):
             return self._clip(media)
         return pixels_to_image(self._paint(media.codes[None])[0])
@@ -474,6 +494,18 @@ class Emulus(Prompter):
             ) from None
         assert isinstance(medium, Image | Video), "BOI begins a medium"
         return medium
+
+
+def _with_seed(request: Request, seed: int) -> Request:
+    return dataclasses.replace(request, params=dataclasses.replace(request.params, seed=seed))
+
+
+def _check_codes(media: Image | Video, size: int) -> None:
+    if not isinstance(media, Image | Video):
+        raise EmulusError(f"an image or clip as codes is expected (Emulus.encode gives them), got {shown(media)}")
+    low, high = int(media.codes.min()), int(media.codes.max())
+    if not 0 <= low <= high < size:
+        raise EmulusError(f"codes are 0 to {size - 1}, but {low} to {high} were given; are they another tokenizer's?")
 
 
 def _apart(seed: int, tries: int) -> list[int]:

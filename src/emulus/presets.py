@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from emulus.checks import number, text, whole
 from emulus.config import merge
-from emulus.errors import EmulusError, at_least, did_you_mean
+from emulus.errors import EmulusError, did_you_mean
 from emulus.foreign import SILENT_IN_GENERATION
 from emulus.media import generation_size
+from emulus.sampling.params import SamplingParams
 from emulus.sequence import EMU3, EMU3_5, EMU3_BASE, NATIVE, SequenceLayout, Wording
 
 if TYPE_CHECKING:
@@ -21,6 +23,19 @@ RELEASED_NEGATIVE_PROMPT = (
     "worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 """What the released drawing script leads away from. Source: baaivision/Emu3, image_generation.py."""
+
+# Which default each option of sampling has, where images are drawn and where words are written.
+DRAWING = {name: name for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+WRITING = {
+    "temperature": "text_temperature",
+    "top_k": "text_top_k",
+    "top_p": "text_top_p",
+    "max_new_tokens": "max_text_tokens",
+}
+MOST_TRIES = 1024
+"""Most images drawn for each that is asked for."""
+MOST_PIXELS = MOST_FRAMES = 2**20
+"""Longest side of an image or clip, and longest clip; contexts end long before."""
 
 _BASE_AREA = 512 * 512  # of Emu3-Stage1's pictures, for its transformers form, whose config does not say
 
@@ -42,6 +57,8 @@ class GenerationDefaults:
         top_k: Of visual ids.
         top_p: Of visual ids.
         text_temperature: Of captions and answers; 0 takes the likeliest id.
+        text_top_k: Of captions and answers, at a temperature above 0.
+        text_top_p: Likewise.
         max_text_tokens: Longest caption or answer.
         min_pixels: Least area of a picture that is shown to the model, which is scaled up to it; 0 for models of one
             size, to which pictures are scaled and cropped.
@@ -59,15 +76,24 @@ class GenerationDefaults:
     top_k: int = 2048
     top_p: float = 1.0
     text_temperature: float = 0.0
+    text_top_k: int = 2048
+    text_top_p: float = 1.0
     max_text_tokens: int = 64
     min_pixels: int = 0
     max_pixels: int = 0
 
     def __post_init__(self) -> None:
-        at_least(1, height=self.height, width=self.width, num_frames=self.num_frames)
-        at_least(1, max_text_tokens=self.max_text_tokens, best_of=self.best_of)
-        at_least(0, min_pixels=self.min_pixels)
-        at_least(self.min_pixels, max_pixels=self.max_pixels)
+        for name in ("height", "width"):
+            whole(name, getattr(self, name), least=1, most=MOST_PIXELS)
+        least = whole("min_pixels", self.min_pixels, most=MOST_PIXELS**2)
+        whole("max_pixels", self.max_pixels, least=least, most=MOST_PIXELS**2)
+        whole("num_frames", self.num_frames, least=1, most=MOST_FRAMES)
+        number("fps", self.fps, above=0)
+        text("negative_prompt", self.negative_prompt)
+        whole("best_of", self.best_of, least=1, most=MOST_TRIES)
+        whole("max_text_tokens", self.max_text_tokens, least=1)
+        for names in (DRAWING, WRITING):
+            SamplingParams(**{option: getattr(self, name) for option, name in names.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +129,14 @@ PRESETS: Mapping[str, Preset] = {
         wording=EMU3_5,
         layout=SequenceLayout.emu3_5(),
         defaults=GenerationDefaults(
-            height=1024, width=1024, guidance_scale=2.0, top_k=5120, text_temperature=1.0, max_text_tokens=5120
+            height=1024,
+            width=1024,
+            guidance_scale=2.0,
+            top_k=5120,
+            text_temperature=1.0,
+            text_top_k=1024,
+            text_top_p=0.9,
+            max_text_tokens=5120,
         ),
         spatial_factor=16,
     ),
@@ -126,12 +159,20 @@ def defaults_of(contents: Contents) -> GenerationDefaults:
     """Generation settings: the folder's own where it has some, else its preset's.
 
     Raises:
-        EmulusError: Our own ``generation_config.json`` has a wrong key or value.
+        EmulusError: The folder's ``generation_config.json`` has a wrong key or value.
     """
+    where = str(contents.folder / "generation_config.json")
+    try:
+        return _merged(contents, where)
+    except EmulusError as error:
+        raise EmulusError(str(error) if where in str(error) else f"{where}: {error}") from error
+
+
+def _merged(contents: Contents, where: str) -> GenerationDefaults:
     preset = preset_called(contents.preset).defaults
     if contents.layout == "emulus":
         own = {key: it for key, it in contents.generation.items() if key not in {"preset", *SILENT_IN_GENERATION}}
-        return merge(preset, own, str(contents.folder / "generation_config.json"))
+        return merge(preset, own, where)
     changes: dict[str, Any] = {}
     area = contents.image_area or (_BASE_AREA if contents.preset == "emu3-base" else None)
     if area is not None:

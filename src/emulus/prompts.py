@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image as PILImage
 
 from emulus.bundle import Bundle, load_default_vision, save_bundle
+from emulus.checks import flag, number, several, shown, text, whole
 from emulus.engine import Request
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, did_you_mean
 from emulus.log import logger
 from emulus.media import (
     Clip,
+    MediaSource,
     clip_to_pixels,
     fit,
     generation_size,
@@ -27,14 +29,15 @@ from emulus.media import (
     resize,
     smart_resize,
 )
+from emulus.messages import MEDIA, read_messages
 from emulus.model import Decoder
-from emulus.presets import GenerationDefaults, Preset, preset_called
+from emulus.presets import DRAWING, MOST_FRAMES, MOST_PIXELS, WRITING, GenerationDefaults, Preset, preset_called
 from emulus.sampling import SamplingParams
 from emulus.sequence import Grammar, Image, Prompt, Turn, Video, templates
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer
 
-MediaSource = str | Path | bytes | PILImage.Image | Clip
+Value = TypeVar("Value")
 
 
 class Prompter:
@@ -96,12 +99,16 @@ class Prompter:
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write every part to a folder that :func:`emulus.load` takes; ``dtype`` is the decoder's on disk."""
+        if not isinstance(folder, str | Path):
+            raise EmulusError(f"folder is {shown(folder)} but must be a path")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise EmulusError(f"dtype is {shown(dtype)} but must be a type of torch such as torch.bfloat16")
         save_bundle(self.bundle, Path(folder), dtype=dtype)
 
     # Prompts.
 
     def drawing_prompt(
-        self, text: str, *, ratio: str = "1:1", image_area: int | None = None
+        self, text: str, *, ratio: str | None = "1:1", image_area: int | None = None
     ) -> tuple[list[int], tuple[int, int]]:
         """The ids that ask for a picture, up to where its codes begin.
 
@@ -116,7 +123,8 @@ class Prompter:
         Raises:
             EmulusError: The ratio or area is none.
         """
-        h, w = self._cells(None, None, ratio, image_area)
+        self._check_text("text", text)
+        h, w = self._cells(None, None, "1:1" if ratio is None else ratio, image_area)
         return templates.draw(self.grammar, text, h, w, wording=self.preset.wording).ids, (h, w)
 
     def understanding_prompt(
@@ -138,6 +146,7 @@ class Prompter:
         Raises:
             EmulusError: A picture cannot be read or has an impossible shape.
         """
+        self._check_text("text", text)
         media = self.encode_all(images, min_pixels=min_pixels, max_pixels=max_pixels)
         turn = Turn(text=text, media=tuple(media))
         return templates.converse(self.grammar, [turn], wording=self.preset.wording).ids
@@ -151,10 +160,10 @@ class Prompter:
         ratio: str | None = None,
         image_area: int | None = None,
     ) -> Prompt:
-        _check_prompt(prompt)
+        self._check_prompt(prompt)
         h, w = self._cells(height, width, ratio, image_area)
-        wording = self.preset.wording
-        return templates.draw(self.grammar, prompt, h, w, negative=self._negative(negative), wording=wording)
+        away, wording = self._negative(negative), self.preset.wording
+        return templates.draw(self.grammar, prompt, h, w, negative=away, wording=wording)
 
     def _animation(
         self,
@@ -165,15 +174,38 @@ class Prompter:
         frames: int | None,
         fps: float | None,
     ) -> Prompt:
-        _check_prompt(prompt)
+        self._check_prompt(prompt)
         h, w = self._cells(height, width)
-        t = self._code_frames(self.defaults.num_frames if frames is None else frames)
-        rate = self.defaults.fps if fps is None else fps
+        t = self._code_frames(self._own("num_frames", frames))
+        rate = number("fps", self._own("fps", fps), above=0)
         away, wording = self._negative(negative), self.preset.wording
         return templates.animate(self.grammar, prompt, t, h, w, rate, negative=away, wording=wording)
 
     def _negative(self, given: str | None) -> str:
-        return self.defaults.negative_prompt if given is None else given
+        negative = self._own("negative_prompt", given)
+        self._check_text("negative_prompt", negative)
+        return negative
+
+    def _own(self, name: str, given: Value | None) -> Value:
+        """What was given, or the model's own where that is None: the one place that knows what "not given" means."""
+        return getattr(self.defaults, name) if given is None else given
+
+    def _check_prompt(self, prompt: str, name: str = "prompt") -> None:
+        self._check_text(name, prompt)
+        if not prompt.strip():
+            raise EmulusError(f"the {name} is empty: say what to draw, animate or answer")
+
+    def _check_text(self, name: str, value: str) -> None:
+        """That it is text, and no more of it than can be read: found before any work is done on it."""
+        text(name, value)
+        if self.bundle.decoder is None:
+            return
+        most = self.bundle.decoder.config.max_position_embeddings * self.text.longest
+        if len(value) > most:
+            raise EmulusError(
+                f"{name} has {len(value):,} characters, more than the model's longest sequence can hold ({most:,}); "
+                "shorten it"
+            )
 
     # Requests: prompts, and how ids are drawn for them.
 
@@ -181,97 +213,81 @@ class Prompter:
         self,
         media: Sequence[MediaSource],
         *,
-        seed: int = 0,
+        seed: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         **sampling: Any,
     ) -> list[Request]:
-        self._expect("caption", media)
+        self._expect("caption", media=media)
         params = self._text_params(seed, sampling)
         shown = [codes for medium in media for codes in self._shown([medium], min_pixels, max_pixels)]
         prompts = [templates.caption(self.grammar, codes, wording=self.preset.wording) for codes in shown]
-        return [_as_request(prompt, params) for prompt in prompts]
+        return [as_request(prompt, params) for prompt in prompts]
 
     def _answering(
         self,
         media: MediaSource | Sequence[MediaSource],
         question: str,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         **sampling: Any,
     ) -> Request:
         self._expect("answer")
-        _check_prompt(question)
+        self._check_prompt(question, "question")
         params = self._text_params(seed, sampling)
-        sources = [media] if isinstance(media, MediaSource) else list(media)
+        sources = [media] if isinstance(media, MediaSource) else several("media", media, MediaSource)
         turn = Turn(text=question, media=tuple(self._shown(sources, min_pixels, max_pixels)))
-        return _as_request(templates.converse(self.grammar, [turn], wording=self.preset.wording), params)
+        return as_request(templates.converse(self.grammar, [turn], wording=self.preset.wording), params)
 
     def _chatting(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        seed: int = 0,
+        seed: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         **sampling: Any,
     ) -> Request:
-        self._expect("chat", messages)
+        self._expect("chat", messages=messages)
         params = self._text_params(seed, sampling)
-        system, turns = self._turns(messages, min_pixels, max_pixels)
+        system, said = read_messages(messages)
+        for place, each in enumerate(said, 1):
+            self._check_text(f"question {place}", each.text)
+            self._check_text(f"answer {place}", each.answer or "")
+        self._check_text("the system message", system or "")
+        turns = [
+            Turn(text=each.text, media=tuple(self._shown(each.media, min_pixels, max_pixels)), answer=each.answer)
+            for each in said
+        ]
         prompt = templates.converse(self.grammar, turns, system=system, wording=self.preset.wording)
-        return _as_request(prompt, params)
+        return as_request(prompt, params)
 
-    def _turns(
-        self, messages: Sequence[Mapping[str, Any]], min_pixels: int | None, max_pixels: int | None
-    ) -> tuple[str | None, list[Turn]]:
-        system: str | None = None
-        turns: list[Turn] = []
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping):
-                raise EmulusError(f"message {index + 1} of the conversation is not {{'role': ..., 'content': ...}}")
-            role = message.get("role")
-            text, shown = _content(message.get("content"))
-            open_turn = bool(turns) and turns[-1].answer is None
-            if role == "system" and index == 0 and not shown:
-                system = text
-            elif role == "user" and not open_turn:
-                turns.append(Turn(text=text, media=tuple(self._shown(shown, min_pixels, max_pixels))))
-            elif role == "assistant" and open_turn and not shown:
-                turns[-1] = dataclasses.replace(turns[-1], answer=text)
-            else:
-                raise EmulusError(
-                    f"message {index + 1} of the conversation has role {role!r}: after a system message in words, if "
-                    "any, 'user' and 'assistant' (in words) alternate, and the last is the user's"
-                )
-        return system, turns
+    def _request(self, prompt: Prompt, seed: int | None, **sampling: Any) -> Request:
+        return as_request(prompt, self._params(seed, sampling))
 
-    def _request(self, prompt: Prompt, seed: int, **sampling: Any) -> Request:
-        return _as_request(prompt, self._params(seed, **sampling))
+    def _params(self, seed: int | None, sampling: Mapping[str, Any]) -> SamplingParams:
+        """How visual ids are chosen."""
+        return self._merged(DRAWING, seed, sampling)
 
-    def _params(self, seed: int, **sampling: Any) -> SamplingParams:
-        """The model's own settings, but for what is given."""
-        defaults = {name: getattr(self.defaults, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
-        values = {**defaults, "seed": seed, **{name: value for name, value in sampling.items() if value is not None}}
+    def _text_params(self, seed: int | None, sampling: Mapping[str, Any]) -> SamplingParams:
+        """How words are chosen; wrong options are found here, before an image is read for them."""
+        unguided = sampling.get("guidance_scale") is None
+        return self._merged(WRITING, seed, {**sampling, "guidance_scale": 1.0} if unguided else sampling)
+
+    def _merged(self, own: Mapping[str, str], seed: int | None, sampling: Mapping[str, Any]) -> SamplingParams:
+        """What was given, and for what is None the default that has the name beside it."""
         known = {field.name for field in dataclasses.fields(SamplingParams)}
-        for name in values.keys() - known:
-            raise EmulusError(f"unknown option {name!r}; choose from {', '.join(sorted(known))}")
-        return SamplingParams(**values)
+        for name in sampling.keys() - known:
+            raise EmulusError(f"unknown option {shown(name)}{did_you_mean(name[:60], known)}")
+        defaults = {option: self._own(default, sampling.get(option)) for option, default in own.items()}
+        return SamplingParams(**{**sampling, **defaults, "seed": seed})
 
-    def _text_params(self, seed: int, sampling: Mapping[str, Any]) -> SamplingParams:
-        """How words are chosen; wrong options are found here, before a picture is read for them."""
-        own = {
-            "temperature": self.defaults.text_temperature,
-            "max_new_tokens": self.defaults.max_text_tokens,
-            "guidance_scale": 1.0,
-        }
-        return self._params(seed, **{**own, **sampling})
-
-    def _expect(self, task: str, items: Any = ()) -> None:
+    def _expect(self, task: str, **items: Any) -> None:
         """Say once if the model was not trained for what is asked of it; refuse a single item where a list is meant."""
-        _check_list(items)
+        for name, value in items.items():
+            several(name, value, MediaSource)
         if self.bundle.tasks and task not in self.bundle.tasks and task not in self._said:
             self._said.add(task)
             logger.warning("%s was trained to %s, not to %s", self.bundle.source, _and(self.bundle.tasks), task)
@@ -306,9 +322,10 @@ class Prompter:
         Raises:
             EmulusError: One cannot be read, or a clip is shorter than one code in time.
         """
+        padding_image = padding_image is not None and flag("padding_image", padding_image)
         if padding_image and self.compat != "released":
             raise EmulusError("padding_image moves codes; load the model with compat='released' if you want that")
-        _check_list(media)
+        several("media", media, MediaSource)
         fitted = self._fit_all(media, min_pixels, max_pixels)
         pictures = [picture for picture in fitted if not isinstance(picture, Clip)]
         if padding_image and len(pictures) == len(fitted) > 1:
@@ -319,6 +336,21 @@ class Prompter:
         self, media: Sequence[MediaSource], min_pixels: int | None = None, max_pixels: int | None = None
     ) -> list[Image | Video]:
         """Codes of what stands in one prompt; that the model's context has room for them is found before they are."""
+        return [self._encode_fitted(each) for each in self.fitting(media, min_pixels, max_pixels)]
+
+    def fitting(
+        self, media: Sequence[MediaSource], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> list[PILImage.Image | Clip]:
+        """Read what is to be shown in one prompt, at the size and rate that the model takes; nothing is computed.
+
+        Args:
+            media: Files, bytes, images or clips.
+            min_pixels: As for :meth:`encode_all`.
+            max_pixels: Likewise.
+
+        Raises:
+            EmulusError: One cannot be read, or the model's context has no room for all of them.
+        """
         fitted = self._fit_all(media, min_pixels, max_pixels)
         factor = self.vision.config.spatial_factor
         cells = 0
@@ -332,7 +364,7 @@ class Prompter:
                 f"what is shown has {cells} codes, but the model's longest sequence is {context} ids; "
                 "show less, or smaller: max_pixels"
             )
-        return [self._encode_fitted(each) for each in fitted]
+        return fitted
 
     def _fit_all(
         self, media: Sequence[MediaSource], min_pixels: int | None, max_pixels: int | None
@@ -365,6 +397,10 @@ class Prompter:
     ) -> PILImage.Image | Clip:
         """A picture, or a clip cut to whole codes in time, at a size that the model takes."""
         height, width, fps = self.defaults.height, self.defaults.width, self.defaults.fps
+        least = whole("min_pixels", self._own("min_pixels", min_pixels), most=MOST_PIXELS**2)
+        most = whole("max_pixels", self._own("max_pixels", max_pixels), most=MOST_PIXELS**2)
+        if not isinstance(media, MediaSource):
+            raise EmulusError(f"{shown(media)} is no image or clip: give {MEDIA}")
         if isinstance(media, Clip):
             media = resample(media, fps)
         elif isinstance(media, PILImage.Image):
@@ -372,21 +408,35 @@ class Prompter:
         else:
             media = read_media(media, fps=fps, max_frames=max_frames)
         if not isinstance(media, Clip):
-            least = self.defaults.min_pixels if min_pixels is None else min_pixels
-            most = self.defaults.max_pixels if max_pixels is None else max_pixels
             if least > most:
                 raise EmulusError(f"min_pixels ({least}) must be at most max_pixels ({most})")
             if not most:
                 return fit(media, height, width)
             factor = self.vision.config.spatial_factor
+            if most < factor**2:
+                raise EmulusError(f"max_pixels is {most} but must be at least {factor**2}, one code")
             sides = smart_resize(media.height, media.width, factor=factor, min_pixels=least, max_pixels=most)
             return resize(media, *sides)
         factor = self.vision.config.temporal_factor
         frames = media.frames[:max_frames]
-        whole = frames[: len(frames) // factor * factor]
-        if not whole:
+        kept = frames[: len(frames) // factor * factor]
+        if not kept:
             raise EmulusError(f"the clip has {len(frames)} frames at {fps:g} fps, but {factor} make one code")
-        return Clip(tuple(fit(frame, height, width) for frame in whole), fps)
+        return Clip(tuple(fit(frame, height, width) for frame in kept), fps)
+
+    def _start_and_total(self, clip: MediaSource, num_frames: int | None) -> tuple[Clip, int]:
+        """A clip to go on with, as the model takes it, and how many frames it shall have then."""
+        factor = self.vision.config.temporal_factor
+        if num_frames is not None:
+            self._code_frames(num_frames)  # before the clip is read
+        start = self._fitted(clip)
+        if not isinstance(start, Clip):
+            raise EmulusError("a picture cannot be continued: give a clip")
+        frames = len(start.frames)
+        total = factor * self._code_frames(2 * frames if num_frames is None else num_frames)
+        if total <= frames:
+            raise EmulusError(f"the clip has {frames} frames; num_frames must be more, got {total}")
+        return start, total
 
     def _encode_clip(self, clip: Clip) -> Video:
         pixels = clip_to_pixels(clip)[None].to(self.vision.device)
@@ -403,11 +453,10 @@ class Prompter:
             if height is not None or width is not None:
                 raise EmulusError("give height and width, or ratio and image_area, not both")
             area = self.defaults.height * self.defaults.width if image_area is None else image_area
-            return generation_size(ratio or "1:1", area, factor=factor)
-        sides = {
-            "height": self.defaults.height if height is None else height,
-            "width": self.defaults.width if width is None else width,
-        }
+            area = whole("image_area", area, most=MOST_PIXELS**2)
+            return generation_size("1:1" if ratio is None else text("ratio", ratio), area, factor=factor)
+        given = {"height": self._own("height", height), "width": self._own("width", width)}
+        sides = {name: whole(name, side, least=1, most=MOST_PIXELS) for name, side in given.items()}
         for name, side in sides.items():
             if side < factor or side % factor:
                 near = max(round(side / factor), 1) * factor
@@ -422,6 +471,7 @@ class Prompter:
 
     def _code_frames(self, num_frames: int) -> int:
         factor = self.vision.config.temporal_factor
+        num_frames = whole("num_frames", num_frames, least=1, most=MOST_FRAMES)
         if num_frames < factor or num_frames % factor:
             near = max(round(num_frames / factor), 1) * factor
             raise EmulusError(f"num_frames must be a multiple of {factor}, got {num_frames}; the nearest is {near}")
@@ -434,7 +484,8 @@ def _present(part: Any, name: str) -> Any:
     return part
 
 
-def _as_request(prompt: Prompt, params: SamplingParams) -> Request:
+def as_request(prompt: Prompt, params: SamplingParams) -> Request:
+    """A prompt and how its ids are drawn, as the engine takes them."""
     return Request(prompt_ids=prompt.ids, null_ids=prompt.null_ids, may=prompt.may, params=params)
 
 
@@ -444,42 +495,9 @@ def check_compat(compat: str | None) -> None:
     Raises:
         EmulusError: It is neither ``"released"`` nor None.
     """
-    if compat not in (None, "released"):
-        raise EmulusError(f"unknown compat {compat!r}; it is 'released' or None")
-
-
-def _check_list(items: Any) -> None:
-    """A single text or picture where several are meant would be taken apart."""
-    if isinstance(items, str | bytes | Path | PILImage.Image | Clip | Mapping) or not isinstance(items, Sequence):
-        raise EmulusError(f"several items are expected here, not one {type(items).__name__}: put it into a list")
+    if compat is not None and not (isinstance(compat, str) and compat == "released"):
+        raise EmulusError(f"unknown compat {shown(compat)}; it is 'released' or None")
 
 
 def _and(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-
-
-def _content(content: Any) -> tuple[str, list[MediaSource]]:
-    """Text and media of a message."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
-        raise EmulusError("a message's content is text, or a list of {'type': 'text', 'text': ...} and the like")
-    texts: list[str] = []
-    media: list[MediaSource] = []
-    for part in parts:
-        kind = part.get("type")
-        value = part.get(kind) if isinstance(kind, str) else None
-        if kind == "text" and isinstance(value, str):
-            texts.append(value)
-        elif kind in ("image", "video") and isinstance(value, MediaSource):
-            media.append(value)
-        else:
-            raise EmulusError(
-                f"a part of a message is of type {kind!r} with {type(value).__name__} in it; give 'text' with words, "
-                "or 'image' or 'video' with a file, bytes, a picture or a clip"
-            )
-    return " ".join(texts), media
-
-
-def _check_prompt(prompt: str) -> None:
-    if not prompt.strip():
-        raise EmulusError("the prompt is empty: say what to draw, animate or answer")

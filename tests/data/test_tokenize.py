@@ -495,7 +495,7 @@ def test_a_text_that_the_text_tokenizer_gives_up_on(published: Path, tmp_path: P
     out = tokenize(TokenizeConfig(sources=(table,), vocabulary=words, vision=vision, out=tmp_path / "out"))
     assert len(records(out, "train")) == 2
     ((skipped,),) = (line.skipped for line in read_manifest(out))
-    assert "cannot be divided into ids" in skipped.reason
+    assert "characters in a row" in skipped.reason
 
 
 def test_what_is_longer_than_a_context_is_left_out(model: Path, tiny: Emulus, tmp_path: Path) -> None:

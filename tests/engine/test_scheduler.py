@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emulus.engine import Done, Engine, Failed, Jacobi, Request, Result, Schedule, Sequential, Zipar
+from emulus.engine import Counts, Done, Engine, Event, Failed, Jacobi, Request, Result, Schedule, Sequential, Zipar
 from emulus.engine.pace import Pace
 from emulus.engine.scheduler import Scheduler
 from emulus.errors import EmulusError
-from emulus.sequence.document import Document, Text
+from emulus.sequence.document import Document, Image, Text
 from emulus.sequence.templates import caption, draw
-from tests.engine.tiny import DECODER, GRAMMAR, make_decoder, naive, parameters, requests_of_every_kind
+from tests.engine.tiny import (
+    DECODER,
+    GRAMMAR,
+    make_decoder,
+    naive,
+    parameters,
+    random_codes,
+    requests_of_every_kind,
+)
 
 ENGINE = Engine(DECODER, GRAMMAR)
 REQUESTS = requests_of_every_kind()
@@ -243,6 +253,120 @@ def test_a_step_that_failed_can_be_made_again(schedule: Schedule, monkeypatch: p
 
 def _no_memory(*_: object) -> None:
     raise MemoryError
+
+
+# Nothing is left to be chosen after this prompt: it is done when it is let in.
+WHOLE = Request(prompt_ids=GRAMMAR.build(Document((Text("a"), Image(random_codes(2, 3)))), eos=False))
+
+
+class _Fails:
+    """A function that raises the first time that its ``turn``-th call is made, before or after its work."""
+
+    def __init__(self, function: Callable[..., Any], turn: int, *, after: bool) -> None:
+        self.function, self.turn, self.after, self.calls = function, turn, after, 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.calls != self.turn:
+            return self.function(*args, **options)
+        if self.after:
+            self.function(*args, **options)
+        raise RuntimeError("no memory, once")
+
+
+def _told(
+    schedule: Schedule, ahead: int, fails: Callable[[Callable[..., Any]], _Fails] | None, where: str
+) -> tuple[dict[int, list[Event]], Counts, int]:
+    """Each request's events, what was counted, and how often the function was called, whose failures are overcome."""
+    scheduler = Engine(DECODER, GRAMMAR, schedule=schedule).scheduler(2, ahead=ahead)
+    owner: Any = scheduler if where == "choose" else scheduler._runner
+    function = fails(getattr(owner, "_" * (owner is scheduler) + where)) if fails else None
+    if function:
+        setattr(owner, "_" * (owner is scheduler) + where, function)
+    for request in (REQUESTS[0], WHOLE, REQUESTS[4], WHOLE, REQUESTS[2]):
+        scheduler.submit(request)
+    events: dict[int, list[Event]] = {}
+    failures = 0
+    while scheduler.busy:
+        try:
+            for event in scheduler.step():
+                events.setdefault(event.request, []).append(event)
+        except RuntimeError:
+            failures += 1
+    assert failures == int(function is not None and function.calls >= function.turn)
+    assert scheduler.kv_bytes == 0
+    return events, scheduler.counts, failures
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("where", ["forward", "new_lane", "choose", "logits"])
+@pytest.mark.parametrize(
+    ("schedule", "ahead"), [(Sequential(), 0), (Sequential(), 5), (Jacobi(window=3), 0), (Zipar(window=1), 0)]
+)
+def test_a_step_that_fails_anywhere_loses_and_repeats_nothing(
+    schedule: Schedule, ahead: int, where: str, after: bool
+) -> None:
+    undisturbed, counts, _ = _told(schedule, ahead, None, where)
+    assert {Done} <= {type(events[-1]) for events in undisturbed.values()}
+    for turn in (1, 2, 3, 4, 5, 7, 11, 19):
+        told, counted, failures = _told(schedule, ahead, lambda f, turn=turn: _Fails(f, turn, after=after), where)
+        assert told == undisturbed
+        assert counted.tokens == counts.tokens
+        assert counted.prefilled == counts.prefilled
+        if schedule.exact and not failures:
+            assert counted == counts
+        assert counted.forwards <= counts.forwards + 1
+
+
+def test_what_could_not_be_begun_is_told_though_the_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Engine(DECODER, GRAMMAR).scheduler()
+    first, second = scheduler.submit(REQUESTS[0]), scheduler.submit(REQUESTS[2])
+    new_lane = scheduler._runner.new_lane
+    refusals = [EmulusError("no memory for it")]
+
+    def refuse(capacity: int) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return new_lane(capacity)
+
+    monkeypatch.setattr(scheduler._runner, "new_lane", refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler._runner, "forward", _no_memory)
+        with pytest.raises((MemoryError, TypeError)):
+            scheduler.step()
+    told = [event for event in scheduler.step() if isinstance(event, Failed)]
+    assert told == [Failed(request=first, message="no memory for it")]
+    assert set(finish(scheduler)) == {second}
+
+
+def test_what_happened_to_a_cancelled_request_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Engine(DECODER, GRAMMAR).scheduler()
+    done, other = scheduler.submit(WHOLE), scheduler.submit(REQUESTS[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_prefill", _no_memory)
+        with pytest.raises(MemoryError):
+            scheduler.step()
+    scheduler.cancel(done)
+    assert {event.request for event in scheduler.step()} == {other}
+    scheduler.close()
+    assert not scheduler.busy
+
+
+def test_two_schedulers_share_one_budget() -> None:
+    request = REQUESTS[0]
+    engine = Engine(DECODER, GRAMMAR, kv_budget=int(1.5 * kv_bytes(request)))
+    one, two = engine.scheduler(), engine.scheduler()
+    for scheduler in (one, one, two, two):
+        scheduler.submit(request)
+    one.step()
+    two.step()  # it runs nothing yet, and whoever has the memory may be waiting for it: so one is let in
+    assert one.kv_bytes == two.kv_bytes == kv_bytes(request)
+    one.step()
+    two.step()
+    assert one.kv_bytes == two.kv_bytes == kv_bytes(request), "there is no room for a second one in either"
+    assert finish(two) == {0: ALONE[0], 1: ALONE[0]}
+    assert finish(one) == {0: ALONE[0], 1: ALONE[0]}
+    assert engine.scheduler()._budget.used(DECODER.model.norm.weight.device) == 0
 
 
 def test_cancelled_from_another_thread() -> None:

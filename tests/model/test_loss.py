@@ -17,6 +17,7 @@ from emulus.errors import EmulusError
 from emulus.model import loss
 from emulus.model.loss import Losses, linear_cross_entropy
 from tests.ranks import run_ranks
+from tests.unwritten import filled
 
 
 class Case(NamedTuple):
@@ -257,3 +258,15 @@ def test_two_processes_share_the_head(dtype: torch.dtype, far: bool, tolerance: 
         rows = theirs.weight.grad[:13] if rank == 0 else theirs.weight.grad[13:]
         for mine, other in zip(found, (*expected, theirs.hidden.grad, rows), strict=True):
             assert_near(torch.tensor(mine, dtype=other.dtype), other.detach(), tolerance)
+
+
+@pytest.mark.parametrize("ids", [9, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_given_no_memory_that_was_not_written(ids: int, dtype: torch.dtype) -> None:
+    """Between the rows of a view, too: bfloat16 products on some processors read there, and 0 * NaN is NaN."""
+    ours = case(30, ids, 8, torch.float32)
+    with filled(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = linear_cross_entropy(*ours)
+    losses.total.backward()
+    assert ours.hidden.grad is not None
+    assert ours.hidden.grad.isfinite().all()

@@ -112,3 +112,11 @@ def test_conversations_begin_their_document(grammar: Grammar, pairs: list[tuple[
         ids = [*asked.ids, *grammar.text.encode(f" {pairs[count][1]}")]
         assert taught[: len(ids)] == ids
     assert taught == [*ids, grammar.vocabulary.eos]
+
+
+def test_an_empty_system_message_leaves_nothing(grammar: Grammar) -> None:
+    turn = Turn(text="what is it?")
+    (text,) = grammar.parse(converse(grammar, [turn], system="", wording=EMU3).ids).document.segments
+    assert isinstance(text, Text)
+    assert text.text == "USER: what is it?. ASSISTANT:"
+    assert converse(grammar, [turn], system="", wording=EMU3).ids != converse(grammar, [turn], wording=EMU3).ids

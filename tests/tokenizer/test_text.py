@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import re
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulus.errors import EmulusError
-from emulus.tokenizer.text import TextTokenizer
+from emulus.tokenizer.text import TextTokenizer, nfc
 from emulus.tokenizer.vocabulary import Vocabulary
 
 TEXTS = [
@@ -25,6 +26,7 @@ TEXTS = [
 ] * 3
 TRAINED = TextTokenizer.train(TEXTS, size=400)
 BYTES_ONLY = [bytes([byte]) for byte in range(256)]
+RANKS = TextTokenizer.from_pieces(TRAINED.pieces)
 
 
 def tiktoken_lines(pieces: list[bytes]) -> str:
@@ -239,3 +241,134 @@ def test_a_damaged_file_of_transformers_is_named(content: str, says: str, tmp_pa
 def test_only_one_ascii_character_is_sure_to_have_an_id(character: str) -> None:
     with pytest.raises(EmulusError, match="one ASCII character"):
         TRAINED.id_of_char(character)
+
+
+marks = st.text(st.sampled_from("aé가\u0301\u0316\u0327\u0344\u0f71\u0f72\u0f73\u0f75\u3099\u0345\u093c…"), max_size=80)
+
+
+@given(st.lists(st.text() | marks).map("".join))
+def test_nfc_is_that_of_the_standard_library(text: str) -> None:
+    assert nfc(text) == unicodedata.normalize("NFC", text)
+
+
+def test_every_combining_mark_can_be_in_a_long_row() -> None:
+    """The rows are looked for by what no letter, blank or ASCII is."""
+    every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    slow = [
+        char
+        for char in every
+        if unicodedata.combining(char) or unicodedata.combining(unicodedata.normalize("NFD", char)[0])
+    ]
+    assert all(re.fullmatch(r"[^\w\s\x00-\x7f]", char) for char in slow)
+    class_0 = [char for char in slow if not unicodedata.combining(char)]
+    assert set(class_0) == set("\u0f73\u0f75\u0f81")
+
+
+def test_long_rows_of_marks_are_put_in_order_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would take the square of their number is not left to the standard library."""
+    given: list[str] = []
+    normalize = unicodedata.normalize
+    monkeypatch.setattr(unicodedata, "normalize", lambda form, text: given.append(text) or normalize(form, text))
+    text = nfc("a" + "\u0301\u0316" * 50_000)
+    assert text == "\u00e1" + "\u0316" * 50_000 + "\u0301" * 49_999
+    classes = [unicodedata.combining(char) for char in given[-1]]
+    assert classes == sorted(classes)
+
+
+# What the pattern splits, and where pieces are cut, in all orders.
+tricky = st.text(st.sampled_from("aB7½ \t\n\r\u00a0\u2028.,'s<|你。、か\u0301é\u1d7d\U0001f600"), max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(max_size=8) | tricky, max_size=8).map("".join), st.integers(1, 9))
+def test_long_texts_have_the_ids_of_the_whole(text: str, size: int) -> None:
+    for each in (TRAINED, RANKS):
+        expected = each.encode(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("emulus.tokenizer.text._PIECE", size)
+            assert each.encode(text) == expected
+
+
+def test_long_texts_are_encoded_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    encode = TRAINED._backend.encode
+    monkeypatch.setattr(TRAINED._backend, "encode", lambda text: lengths.append(len(text)) or encode(text))
+    text = "a red apple, 2024.\n" * 20_000 + "数字、日本語。" * 30_000
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+    assert max(lengths) < 70_000
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "a" * 600_000, "\n" * 600_000, "x" * 100_000 + "\u0301" * 600_000])
+def test_what_is_no_text_is_refused_in_one_line(tokenizer: TextTokenizer, text: str) -> None:
+    with pytest.raises(EmulusError, match="in a row") as raised:
+        tokenizer.encode(text)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def foreign(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "tokenizer.json"
+    TRAINED.save(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+def split_by(pattern: str) -> dict[str, object]:
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, bytes_]}
+
+
+def test_a_file_neither_cuts_nor_pads_texts(tmp_path: Path) -> None:
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {
+        "strategy": {"Fixed": 40},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    for changes in ({"truncation": cut}, {"padding": pad}, {"normalizer": None}):
+        read = TextTokenizer.from_file(foreign(tmp_path, **changes))
+        assert read.encode(TEXTS[1]) == TRAINED.encode(TEXTS[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "Lowercase"),
+        ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+        ({"normalizer": 3}, "3"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+            "changes texts",
+        ),
+        ({"pre_tokenizer": None}, "changes texts|gave up"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "changes texts|gave up"),
+    ],
+)
+def test_a_file_that_changes_texts_is_refused(changes: dict[str, object], says: str, tmp_path: Path) -> None:
+    with pytest.raises(EmulusError, match=says) as raised:
+        TextTokenizer.from_file(foreign(tmp_path, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pattern_that_panics_is_one_line(tmp_path: Path) -> None:
+    """The libraries' panics are no ``Exception``."""
+    read = TextTokenizer.from_file(foreign(tmp_path, pre_tokenizer=split_by(r"^(a|a?)+$")))
+    with pytest.raises(EmulusError, match="gave up on a text of 30 characters"):
+        read.encode("a" * 29 + "b")
+
+
+def test_texts_are_not_cut_for_other_patterns(tmp_path: Path) -> None:
+    """Where those split is not known."""
+    read = TextTokenizer.from_file(foreign(tmp_path, pre_tokenizer=split_by(r"\d{1,3}|\D+")))
+    with pytest.MonkeyPatch.context() as patch:
+        whole = read.encode("12345 67890 " * 10)
+        patch.setattr("emulus.tokenizer.text._PIECE", 8)
+        assert read.encode("12345 67890 " * 10) == whole
+        patch.setattr("emulus.tokenizer.text.MOST_UNCUT", 100)
+        with pytest.raises(EmulusError, match="at most 100"):
+            read.encode("12345 67890 " * 10)

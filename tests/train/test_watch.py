@@ -48,6 +48,25 @@ def test_without_a_threshold_only_what_is_not_finite_is_skipped(norms: list[floa
     assert watch.skipped == 2
 
 
+def test_skipped_steps_are_told_of_when_they_begin_and_at_the_end() -> None:
+    watch = Watch(0.0)
+    assert watch.summary(10) is None
+    notes = [
+        watch.skip_note(step, norm)
+        for step, norm in enumerate([math.nan, math.inf, 1.0, math.nan])
+        if watch.outlier(norm)
+    ]
+    assert ["precision fp32" in note for note in notes] == [True, False, True]
+    assert all("skipped" in note for note in notes)
+    again = Watch(0.0)
+    again.load_state(json.loads(json.dumps(watch.state())))
+    for each in (watch, again):
+        summary = each.summary(1000)
+        assert summary is not None
+        assert summary.startswith("3 of 1,000 steps")
+        assert "3 with a NaN" in summary
+
+
 def test_spike_is_noted_once_and_a_new_level_is_learnt() -> None:
     watch, draw = Watch(), np.random.default_rng(0)
     assert not any(watch.loss(step, float(3 + 0.1 * draw.standard_normal())) for step in range(200))

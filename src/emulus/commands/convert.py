@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from emulus.commands.out import check_out
 from emulus.errors import EmulusError, shown
 from emulus.flags import parse_flags
 from emulus.hub import fetch
@@ -47,6 +48,7 @@ class ConvertOptions:
 def convert(arguments: Sequence[str]) -> None:
     """``emulus convert SRC DST --to released|transformers|emulus``."""
     options = parse_flags(ConvertOptions, arguments, program="emulus convert")
+    check_out(options.dst, "folder")
     done = convert_folder(
         fetch(options.src),
         options.dst,

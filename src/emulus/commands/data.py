@@ -18,8 +18,10 @@ def data(arguments: Sequence[str]) -> None:
         return
     if arguments[0] not in BUILDERS:
         raise EmulusError(f"there is no data set {arguments[0]!r}{did_you_mean(arguments[0], BUILDERS)}")
+    from emulus.commands.out import check_out
     from emulus.data.emoji import EmojiConfig, build_emoji
 
     config = from_flags(EmojiConfig(), arguments[1:], program="emulus data emoji")
+    check_out(config.out, "folder")
     build_emoji(config, report=logger.info)
     print(config.out)

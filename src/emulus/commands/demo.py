@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emulus.commands.out import check_out
 from emulus.commands.shipped import MODEL, shipped
 from emulus.data.source import Source, even, open_source
 from emulus.data.tokenize import tokenize
@@ -73,6 +74,7 @@ def demo(arguments: Sequence[str]) -> None:
     if options.data == DATA:
         options = dataclasses.replace(options, data=shipped(DATA, "--data"))
     page = (options.out / REPORT_FILE).resolve()
+    check_out(page, "file")
     started = time.monotonic()
     shown = show(options, page)
     logger.info(f"done in {time.monotonic() - started:.0f} s; open the page while the rest is made:")

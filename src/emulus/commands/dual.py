@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from emulus.commands.out import check_out
 from emulus.config import from_flags
 from emulus.dual.train import DualTrainConfig, train_dual
 from emulus.recipes.emoji import DATA
@@ -18,4 +19,6 @@ _ABOUT = (
 def dual_train(arguments: Sequence[str]) -> None:
     """``emulus dual-train [--config FILE] [flags]``: prints the folder of the encoder."""
     default = DualTrainConfig(data=DATA, out=Path("runs/dual"))
-    print(train_dual(from_flags(default, arguments, program="emulus dual-train", description=_ABOUT)))
+    config = from_flags(default, arguments, program="emulus dual-train", description=_ABOUT)
+    check_out(config.out, "folder")
+    print(train_dual(config))

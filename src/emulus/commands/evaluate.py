@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from emulus.commands.out import check_out
 from emulus.commands.shipped import MODEL
 from emulus.config import from_flags
-from emulus.evaluate.evaluate import REPORT_FILE, EvaluateConfig
+from emulus.evaluate.evaluate import FIGURES_FILE, REPORT_FILE, EvaluateConfig
 from emulus.evaluate.evaluate import evaluate as run_evaluate
 from emulus.recipes.emoji import DATA
 
@@ -20,5 +21,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     model = Path(words.pop(0)) if words and not words[0].startswith("-") else MODEL
     default = EvaluateConfig(model=model, data=DATA, out=Path("runs/evaluation") / "-".join(model.parts[-2:]))
     config = from_flags(default, words, program="emulus evaluate [MODEL] [--json]")
+    for name in (REPORT_FILE, FIGURES_FILE):
+        check_out(config.out / name, "file")
     figures = run_evaluate(config)
     print(json.dumps(figures, indent=1) if as_json else config.out / REPORT_FILE)

@@ -11,16 +11,18 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 import emulus
+from emulus.checks import whole
+from emulus.commands.out import check_format, check_out
 from emulus.commands.shipped import MODEL, shipped
 from emulus.errors import EmulusError
 from emulus.flags import parse_flags
 from emulus.log import logger
-from emulus.media import check_writable, write_image, write_video
-from emulus.media.image import WRITABLE
+from emulus.media import write_image, write_video
 from emulus.media.source import opened
-from emulus.media.video import WRITERS
 from emulus.model.quantize import Quantization
 from emulus.options import ScheduleName, schedule_called
+from emulus.outline import Outline
+from emulus.pipeline import MOST_IMAGES
 
 Options = TypeVar("Options")
 
@@ -58,6 +60,14 @@ class ModelOptions:
     window: int | None = None
     batch_size: int = 8
 
+    def outline(self) -> Outline:
+        """The model without its weights, to check on it what it will be asked.
+
+        Raises:
+            EmulusError: There is none, or what it says of itself is damaged.
+        """
+        return Outline.of(self._path(), vision=self.vision, preset=self.preset, compat=self.compat)
+
     def load(self) -> emulus.Emulus:
         """The model.
 
@@ -65,7 +75,7 @@ class ModelOptions:
             EmulusError: There is none, or it is damaged.
         """
         return emulus.load(
-            shipped(MODEL, "--model") if self.model == str(MODEL) else self.model,
+            self._path(),
             vision=self.vision,
             device=self.device,
             dtype=self.dtype,
@@ -76,6 +86,9 @@ class ModelOptions:
             schedule=schedule_called(self.schedule, self.window),
             batch_size=self.batch_size,
         )
+
+    def _path(self) -> Path | str:
+        return shipped(MODEL, "--model") if self.model == str(MODEL) else self.model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,14 +237,17 @@ class ContinueOptions(ModelOptions):
 def generate(arguments: Sequence[str]) -> None:
     """``emulus generate "a red apple" [--out apple.png]``."""
     options = _parse(GenerateOptions, arguments, "emulus generate")
-    _check_out(options.out, clip=False)
-    model = options.load()
+    whole("--num-images", options.num_images, least=1, most=MOST_IMAGES)
+    paths = [options.out if number == 0 else _numbered(options.out, number + 1) for number in range(options.num_images)]
+    for path in {paths[0], paths[-1]}:
+        check_out(path, "image")
     shape = _values(options, ("ratio", "image_area", "best_of"))
     drawing = options.drawing()
+    check_format(options.out, options.outline().drawing(options.prompt, **shape, **drawing), clip=False)
+    model = options.load()
     pictures = model.generate_images([options.prompt], num_images_per_prompt=options.num_images, **shape, **drawing)
     options.judge_size(model)
-    for number, picture in enumerate(pictures):
-        path = options.out if number == 0 else options.out.with_stem(f"{options.out.stem}-{number + 1}")
+    for picture, path in zip(pictures, paths, strict=True):
         write_image(picture, path)
         print(path)
 
@@ -239,10 +255,11 @@ def generate(arguments: Sequence[str]) -> None:
 def animate(arguments: Sequence[str]) -> None:
     """``emulus animate "a rocket" [--out rocket.webp]``."""
     options = _parse(AnimateOptions, arguments, "emulus animate")
-    _check_out(options.out, clip=True)
+    check_out(options.out, "clip")
+    asked = _values(options, ("num_frames", "fps")) | options.drawing()
+    check_format(options.out, options.outline().animation(options.prompt, **asked), clip=True)
     model = options.load()
-    length = _values(options, ("num_frames", "fps"))
-    clip = model.generate_video(options.prompt, **length, **options.drawing())
+    clip = model.generate_video(options.prompt, **asked)
     options.judge_size(model)
     write_video(clip, options.out)
     print(options.out)
@@ -251,11 +268,13 @@ def animate(arguments: Sequence[str]) -> None:
 def continue_(arguments: Sequence[str]) -> None:
     """``emulus continue clip.webp [--out longer.webp]``."""
     options = _parse(ContinueOptions, arguments, "emulus continue")
-    _check_out(options.out, clip=True)
+    check_out(options.out, "clip")
     _check_files([options.file])
-    model = options.load()
     names = ("prompt", "num_frames", "seed", "guidance_scale", "temperature", "top_k")
-    write_video(model.continue_video(options.file, **_values(options, names)), options.out)
+    asked = _values(options, names)
+    check_format(options.out, options.outline().continuation(options.file, **asked), clip=True)
+    model = options.load()
+    write_video(model.continue_video(options.file, **asked), options.out)
     print(options.out)
 
 
@@ -263,6 +282,9 @@ def describe(arguments: Sequence[str]) -> None:
     """``emulus describe picture.png [more.png ...]``."""
     options = _parse(DescribeOptions, arguments, "emulus describe")
     _check_files(options.file)
+    outline = options.outline()
+    for file in options.file:
+        outline.showing([file], **options.writing())
     model = options.load()
     if len(options.file) == 1:
         _print_pieces(model.stream_description(options.file[0], **options.writing()))
@@ -274,8 +296,13 @@ def ask(arguments: Sequence[str]) -> None:
     """``emulus ask picture.png [more.png ...] "what is it?"``."""
     options = _parse(AskOptions, arguments, "emulus ask")
     files, question = _files_and_question(options.words)
+    options.outline().showing(files, question, **options.writing())
     model = options.load()
     _print_pieces(model.stream_answer(files, question, **options.writing()))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number}")
 
 
 def _print_pieces(pieces: Iterable[str]) -> None:
@@ -314,18 +341,6 @@ def _check_files(files: Iterable[Path]) -> None:
     for file in files:
         with opened(file):
             pass
-
-
-def _check_out(out: Path, *, clip: bool) -> None:
-    """A name that cannot be written is better found before the drawing than after it."""
-    suffix = out.suffix.lower()
-    if clip and suffix in WRITABLE and suffix not in WRITERS:
-        raise EmulusError(
-            f"{out} would be a picture; clips are {' '.join(WRITERS)}, pictures come from emulus generate"
-        )
-    if not clip and suffix in WRITERS and suffix not in WRITABLE:
-        raise EmulusError(f"{out} would be a clip; pictures are {' '.join(WRITABLE)}, clips come from emulus animate")
-    check_writable(out, clip=clip)
 
 
 def _values(options: object, names: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from emulus.bundle import Bundle, pick_dtype, save_bundle
+from emulus.commands.out import check_out
 from emulus.data.mixture import Mixture
 from emulus.data.tokens import Tokens, vision_digest
 from emulus.errors import EmulusError, at_least
@@ -61,6 +62,7 @@ class QuantizeOptions:
 def quantize(arguments: Sequence[str]) -> None:
     """``emulus quantize MODEL OUT --to int8|int4|fp8 [--calibrate TOKENS]``."""
     options = parse_flags(QuantizeOptions, arguments, program="emulus quantize")
+    check_out(options.out, "folder")
     quantize_folder(
         fetch(options.model),
         options.out,

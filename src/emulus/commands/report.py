@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from emulus.errors import EmulusError
+from emulus.commands.out import check_out
 from emulus.evaluate.report import write_report
 from emulus.evaluate.run_report import run_report
 from emulus.flags import parse_flags
@@ -32,7 +32,6 @@ def report(arguments: Sequence[str]) -> None:
     """``emulus report RUN [--out FILE]``: prints the page's path."""
     options = parse_flags(ReportOptions, arguments, program="emulus report")
     out = options.out or options.run / "report.html"
-    if out.is_dir():
-        raise EmulusError(f"--out {out} is a folder; name a file, such as {out / 'report.html'}")
+    check_out(out, "file")
     write_report(run_report(options.run), out)
     print(out)

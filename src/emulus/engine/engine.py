@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 
 import torch
 
+from emulus.checks import whole
+from emulus.engine.budget import Budget
 from emulus.engine.pace import Pace
 from emulus.engine.request import Counts, Done, Event, Failed, Request, Result
 from emulus.engine.runner import Runner
@@ -60,6 +62,7 @@ class Engine:
         self.kv_dtype = kv_dtype
         self.counts = Counts()
         self._pace = Pace()
+        self._budget = Budget()
         self._runner: Runner | None = None
 
     @property
@@ -129,8 +132,7 @@ class Engine:
         Raises:
             EmulusError: That is less than one.
         """
-        if most_running < 1:
-            raise EmulusError(f"batch_size is {most_running} but must be at least 1")
+        whole("batch_size", most_running, least=1)
         return Scheduler(
             self.runner,
             self.grammar,
@@ -140,6 +142,7 @@ class Engine:
             ahead=ahead,
             pace=self._pace,
             counts=self.counts,
+            budget=self._budget,
         )
 
     def walk(self, index: int, request: Request) -> Walk:

@@ -6,6 +6,7 @@ time. A CUDA graph launches them all at once, on the same memory each time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ class Graphs:
     host that depends on their contents, and may be run twice on the same inputs without harm: before it is recorded
     it is run to build and choose its kernels. Whatever else it reads (weights, lanes) stays where it is in memory, or
     is found through addresses in the tensors.
+
+    Several threads may call it: one records or replays at a time, and all launch their work on one stream (PyTorch's
+    threads share the usual one).
     """
 
     def __init__(self, function: Callable[..., Tensor], *, most: int = 64) -> None:
@@ -46,6 +50,8 @@ class Graphs:
         self._recorded: dict[_Key, _Recorded] = {}
         self._pools: dict[torch.device, Any] = {}
         self._given_up = False
+        # Inputs and outputs lie in memory that all threads share.
+        self._lock = threading.RLock()
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         """Give what the function gives for these tensors.
@@ -61,7 +67,7 @@ class Graphs:
             return self._function(*tensors)
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         before = torch.cuda.current_stream(first.device)
-        with torch.inference_mode(), torch.cuda.device(first.device):
+        with self._lock, torch.inference_mode(), torch.cuda.device(first.device):
             try:
                 recorded = self._recorded.get(key) or self._record(key, tensors)
             except RuntimeError as error:
@@ -71,6 +77,11 @@ class Graphs:
                 reason = str(error).splitlines()[0]
                 logger.warning("a step cannot be recorded (%s); going on without CUDA graphs", reason)
                 return self._function(*tensors)
+            return self._replay(recorded, tensors)
+
+    def _replay(self, recorded: _Recorded, tensors: tuple[Tensor | None, ...]) -> Tensor:
+        """What the function gives for these tensors."""
+        with self._lock:
             for kept, tensor in zip(recorded.inputs, tensors, strict=True):
                 if kept is not None and tensor is not None:
                     kept.copy_(tensor, non_blocking=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from emulus.checks import choice, several, shown, whole
+from emulus.errors import EmulusError
 from emulus.sampling.params import SamplingParams
 from emulus.sequence.document import MediaSize
+
+_MAY = ("text", "image", "video", "action")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +24,26 @@ class Request:
             guidance.
         may: What may be generated besides the medium that the prompt leaves open: ``"text"``, ``"image"``,
             ``"video"``, ``"action"``. With nothing, that medium is finished and the document ends.
-        params: How ids are drawn.
+        params: How ids are drawn; None for the defaults.
+
+    Raises:
+        EmulusError: Ids are not whole numbers, or there is no such thing as ``may`` names.
     """
 
     prompt_ids: Sequence[int]
     null_ids: Sequence[int] | None = None
     may: frozenset[str] = frozenset()
     params: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", _ids("prompt_ids", self.prompt_ids))
+        if self.null_ids is not None:
+            object.__setattr__(self, "null_ids", _ids("null_ids", self.null_ids))
+        object.__setattr__(self, "may", _kinds(self.may))
+        params = SamplingParams() if self.params is None else self.params
+        if not isinstance(params, SamplingParams):
+            raise EmulusError(f"params is {shown(params)} but must be SamplingParams")
+        object.__setattr__(self, "params", params)
 
     @property
     def guided(self) -> bool:
@@ -138,3 +155,22 @@ class Counts:
     tokens: int = 0
     computed: int = 0
     prefilled: int = 0
+
+
+def _ids(name: str, ids: Any) -> Sequence[int]:
+    """Whole numbers in a row; an array or tensor of them becomes a list."""
+    if getattr(ids, "ndim", None) == 1 and hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    ids = several(name, ids, str | bytes | bytearray)
+    # Of a range only its ends could be wrong, and lists of plain numbers are the rule.
+    if not isinstance(ids, range) and any(type(id) is not int for id in ids):
+        return [whole(f"an id of {name}", id) for id in ids]
+    return ids
+
+
+def _kinds(may: Any) -> frozenset[str]:
+    if may is None:
+        return frozenset()
+    if not isinstance(may, Set | Sequence) or isinstance(may, str):
+        raise EmulusError(f"may is {shown(may)} but must be a set of some of {', '.join(_MAY)}")
+    return frozenset(choice("may", each, _MAY) for each in may)

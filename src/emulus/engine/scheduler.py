@@ -6,15 +6,16 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from emulus.device import numbers
+from emulus.engine.budget import Budget, fits
 from emulus.engine.cache import Lane
 from emulus.engine.pace import Pace
 from emulus.engine.request import Counts, Event, Failed, Request
@@ -81,24 +82,6 @@ class _Running:
         return not any(track.missing for track in self.tracks)
 
 
-@dataclass
-class _Budget:
-    """Memory for keys and values on each device."""
-
-    limit: Mapping[torch.device, int]
-    used: dict[torch.device, int] = field(default_factory=dict)
-
-    def fits(self, need: Mapping[torch.device, int], *, empty: bool = False) -> bool:
-        """Whether there is room now, or would be if nothing else ran."""
-        taken = {} if empty else self.used
-        return all(taken.get(device, 0) + size <= self.limit.get(device, 0) for device, size in need.items())
-
-    def take(self, need: Mapping[torch.device, int], sign: int = 1) -> None:
-        """Count memory in, or with ``sign`` -1 out."""
-        for device, size in need.items():
-            self.used[device] = self.used.get(device, 0) + sign * size
-
-
 class Scheduler:
     """Runs requests of all sizes, kinds and ages together.
 
@@ -120,6 +103,7 @@ class Scheduler:
         ahead: int | None = None,
         pace: Pace | None = None,
         counts: Counts | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Begin with nothing to do.
 
@@ -133,6 +117,7 @@ class Scheduler:
                 none, but on a GPU.
             pace: What is known of the cost of steps.
             counts: Where to count; by default anew.
+            budget: What others that run beside this one have taken; by default nothing.
         """
         self.counts = counts if counts is not None else Counts()
         self._runner = runner
@@ -143,25 +128,27 @@ class Scheduler:
         self._pace = pace or Pace()
         self._ahead = (_AHEAD if runner.device.type == "cuda" else 0) if ahead is None else ahead
         free = {} if kv_budget is not None else free_memory()
-        limit = {
-            device: kv_budget if kv_budget is not None else int(_SHARE * free.get(device, 0))
+        self._budget = budget or Budget()
+        self._limit = {
+            device: kv_budget if kv_budget is not None else self._share(device, free.get(device, 0))
             for device in runner.layout.devices
         }
-        self._budget = _Budget(limit)
         # A step computes with bare addresses of the lanes, so nothing may be freed meanwhile.
         self._lock = threading.RLock()
         self._queue: deque[Walk] = deque()
         self._running: list[_Running] = []
+        # What has happened and was not given out yet: it outlives a step that fails.
+        self._events: list[Event] = []
 
     @property
     def busy(self) -> bool:
-        """Whether anything is running or waiting."""
-        return bool(self._queue or self._running)
+        """Whether anything is running or waiting, or has happened and was not told yet."""
+        return bool(self._queue or self._running or self._events)
 
     @property
     def kv_bytes(self) -> int:
         """Memory that the running requests' keys and values take."""
-        return sum(self._budget.used.values())
+        return sum(size for running in self._running for size in self._need(running.walk).values())
 
     def submit(self, request: Request) -> int:
         """Put a request at the end of the queue.
@@ -175,9 +162,9 @@ class Scheduler:
         number = next(self._numbers)
         walk = Walk(number, request, self._grammar, self._runner.config.max_position_embeddings)
         need = self._need(walk)
-        if not self._budget.fits(need, empty=True):
-            short = next(device for device, size in need.items() if size > self._budget.limit.get(device, 0))
-            wanted, limit = (_mib(sizes.get(short, 0)) for sizes in (need, self._budget.limit))
+        if not fits(need, self._limit):
+            short = next(device for device, size in need.items() if size > self._limit.get(device, 0))
+            wanted, limit = (_mib(sizes.get(short, 0)) for sizes in (need, self._limit))
             raise EmulusError(
                 f"the keys and values of {walk.length} ids take {wanted} on {short}, but there are {limit} for them; "
                 "ask for something smaller, or give the engine a larger kv_budget"
@@ -189,6 +176,7 @@ class Scheduler:
     def cancel(self, request: int) -> None:
         """Forget a request, running or waiting; its memory is free at once. An unknown one is no error."""
         with self._lock:
+            self._events = [event for event in self._events if event.request != request]
             self._queue = deque(walk for walk in self._queue if walk.index != request)
             for running in [each for each in self._running if each.walk.index == request]:
                 self._release(running)
@@ -196,6 +184,7 @@ class Scheduler:
     def close(self) -> None:
         """Forget all requests, and free their memory even where somebody still holds on to what they were."""
         with self._lock:
+            self._events.clear()
             self._queue.clear()
             for running in list(self._running):
                 self._release(running)
@@ -204,51 +193,54 @@ class Scheduler:
         """Let requests in, compute a part of their prompts, and one step of all whose prompts are computed.
 
         Another thread may submit and cancel meanwhile; it waits until the step is made. Should a step fail (memory that
-        others took), nothing of it has happened: it can be made again, or :meth:`close` gives everything back.
+        others took), nothing is lost: it can be made again, and then tells what had happened before it failed, too; or
+        :meth:`close` gives everything back.
         """
         device = self._runner.device.type
         # Busy CPUs are left to others where ids do not depend on the number of threads.
         threads = spare_threads() if self._runner.steady else nullcontext()
         with self._lock, threads, torch.autocast(device if device in ("cpu", "cuda") else "cpu", enabled=False):
-            return self._step()
+            self._step()
+            events, self._events = self._events, []
+            return events
 
-    def _step(self) -> list[Event]:
-        events = self._admit()
+    def _step(self) -> None:
+        self._admit()
         self._prefill()
         going = [running for running in self._running if running.ready]
         if going:
             started, before = time.perf_counter(), self.counts.tokens
-            events += self._decode(going)
             lanes = sum(len(running.tracks) for running in going)
+            self._decode(going)
             self._pace.made(self.counts.tokens - before, time.perf_counter() - started, lanes)
-        return events
 
-    def _decode(self, going: Sequence[_Running]) -> list[Event]:
+    def _decode(self, going: Sequence[_Running]) -> None:
         """One turn of every course; or several, where what is asked in the next does not hang on what is chosen now.
 
         Then the host hands the device its work without waiting for what comes of it.
         """
-        asks = [running.course.ask() for running in going]
+        asks = first = [running.course.ask() for running in going]
         # As many turns as every course foresees: the shortest decides.
         follows = list(zip(*(running.course.foreseen(self._ahead) for running in going), strict=False))
         feeds = [track.feed(ask) for running, ask in zip(going, asks, strict=True) for track in running.tracks]
         rows = [row for row, running in enumerate(going) for _ in running.tracks]
         turns = [self._choose(going, asks, self._compute(feeds))]
+        computed = sum(len(feed.ids) for feed in feeds)
         for follow in follows:
             asks = [_next(ask, len(forced)) for ask, forced in zip(asks, follow, strict=True)]
             feeds = [_after(feed, follow[row]) for feed, row in zip(feeds, rows, strict=True)]
             chosen = turns[-1][numbers(rows, turns[-1].device)]
             turns.append(self._choose(going, asks, self._compute(feeds, chosen)))
-        events: list[Event] = []
-        for turn, chosen in enumerate(torch.stack(turns).tolist() if follows else [turns[0].tolist()]):
-            asks = [running.course.ask() for running in going] if turn else asks
-            events += self._take(going, asks, iter(chosen))
-        return events
+            computed += sum(len(feed.ids) for feed in feeds)
+        found = torch.stack(turns).tolist() if follows else [turns[0].tolist()]
+        # Nothing can fail from here on: what is counted and taken is done, and is not done again.
+        self.counts.forwards += len(found)
+        self.counts.computed += computed
+        for turn, ids in enumerate(found):
+            self._take(going, [running.course.ask() for running in going] if turn else first, iter(ids))
 
     def _compute(self, feeds: Sequence[Feed], chosen: Tensor | None = None) -> Tensor:
         """Hidden states of one step; with ``chosen``, each feed begins with an id that only the device knows."""
-        self.counts.forwards += 1
-        self.counts.computed += sum(len(feed.ids) for feed in feeds)
         holes = list(accumulate([0, *(len(feed.ids) for feed in feeds[:-1])])) if chosen is not None else ()
         return self._runner.forward(feeds, chosen=chosen, holes=holes)
 
@@ -258,51 +250,51 @@ class Scheduler:
 
         return choose(logits, list(_questions(going, asks)))
 
-    def _take(self, going: Sequence[_Running], asks: Sequence[Ask], chosen: Iterator[int]) -> list[Event]:
+    def _take(self, going: Sequence[_Running], asks: Sequence[Ask], chosen: Iterator[int]) -> None:
         """Hand every request the ids that were chosen for it."""
-        events: list[Event] = []
         for running, ask in zip(going, asks, strict=True):
             before = running.walk.position
             happened, kept = running.course.take([next(chosen) for _ in ask.wanted])
-            events += happened
+            self._events += happened
             self.counts.tokens += running.walk.position - before
             for track in running.tracks:
                 track.lane.length += kept
                 track.started = True
             if running.walk.finished:
                 self._release(running)
-        return events
 
-    def _admit(self) -> list[Event]:
+    def _admit(self) -> None:
         """Let in as many of the waiting as there is room for, first come first served."""
-        events: list[Event] = []
         while self._queue and len(self._running) < self._most_running:
             walk = self._queue[0]
             before = walk.position
-            events += walk.run_forced()
+            self._events += walk.run_forced()
             self.counts.tokens += walk.position - before
             if walk.finished:
                 self._queue.popleft()
                 continue
             need = self._need(walk)
-            if not self._budget.fits(need):
+            # If nothing runs here, others have the memory. They may be of this very thread, which stands here until the
+            # request is done; so it is tried, and if there really is no memory, that is told.
+            if not self._budget.take(need, self._limit, anyway=not self._running):
                 break
             try:
                 lanes = [self._runner.new_lane(walk.length) for _ in _prompts(walk)]
-            except EmulusError as error:
+            except BaseException as error:
+                self._budget.give_back(need)
+                if not isinstance(error, EmulusError):
+                    raise
                 if self._running:
                     break  # it is asked again when one of them is done
                 self._queue.popleft()
-                events.append(Failed(request=walk.index, message=str(error)))
+                self._events.append(Failed(request=walk.index, message=str(error)))
                 continue
             self._queue.popleft()
-            self._budget.take(need)
             tracks = [
                 _Track(lane=lane, prompt=tuple(prompt)) for lane, prompt in zip(lanes, _prompts(walk), strict=True)
             ]
             course = self._schedule.course(walk, self._pace)
             self._running.append(_Running(walk=walk, course=course, tracks=tracks))
-        return events
 
     def _prefill(self) -> None:
         """Compute one piece of every prompt that is not computed yet; of equal prompts only one, the others wait."""
@@ -327,13 +319,18 @@ class Scheduler:
         track.lane.length += len(piece)
         self.counts.prefilled += len(piece)
 
+    def _share(self, device: torch.device, free: int) -> int:
+        """Most that keys and values may take, if so much is free beside those that are there."""
+        # On a CPU memory counts as free until it is first written to, so what was taken may still be in ``free``.
+        return int(_SHARE * free) + (self._budget.used(device) if device.type == "cuda" else 0)
+
     def _need(self, walk: Walk) -> dict[torch.device, int]:
         sizes = self._runner.layout.bytes(walk.length)
         return {device: size * len(_prompts(walk)) for device, size in sizes.items()}
 
     def _release(self, running: _Running) -> None:
         self._running.remove(running)
-        self._budget.take(self._need(running.walk), sign=-1)
+        self._budget.give_back(self._need(running.walk))
         for track in running.tracks:
             track.lane.free()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -12,9 +13,6 @@ from emulus.errors import EmulusError
 from emulus.sequence.allowed import Allowed
 from emulus.sequence.grammar import Grammar
 from emulus.sequence.layout import CELL, Ids
-
-# A character has at most four bytes; more ids than that without a readable end are not going to become one.
-_LONGEST_CHARACTER = 4
 
 _CHOICE: Ids = np.array([CELL])
 
@@ -61,7 +59,7 @@ class Walk:
         self.finished = False
         self._grammar = grammar
         self._ids: list[int] = []
-        self._text: list[int] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         prompts = [request.prompt_ids, request.null_ids] if request.null_ids is not None else [request.prompt_ids]
         for ids in prompts:
             _check_ids(ids, grammar.vocabulary.size)
@@ -146,9 +144,7 @@ class Walk:
         self._ids.append(id)
         self.fresh.append(id)
         yield Token(request=self.index, id=id)
-        if is_text:
-            self._text.append(id)
-        yield from self._readable(flush=not is_text)
+        yield from self._readable([id]) if is_text else self._readable([], final=True)
         if vocabulary.is_visual(id):
             yield from self._whole(id)
         if self._state.done:
@@ -180,13 +176,11 @@ class Walk:
         visual = [id for id in self.request.prompt_ids if self._grammar.vocabulary.is_visual(id)]
         return visual[len(visual) - cells :]
 
-    def _readable(self, *, flush: bool) -> Iterator[Event]:
-        if not self._text:
-            return
-        text = self._grammar.text.decode(self._text)
-        # A replacement character at the end is most likely a character whose other bytes are still to come.
-        if flush or not text.endswith("\ufffd") or len(self._text) > _LONGEST_CHARACTER:
-            self._text = []
+    def _readable(self, ids: Sequence[int], *, final: bool = False) -> Iterator[Event]:
+        """The characters that are whole now; with ``final``, no further byte belongs to those that are not."""
+        # Holds three bytes at most, and gives the same text as decoding everything at once, whatever the bytes are.
+        text = self._decoder.decode(b"".join(self._grammar.text.pieces[id] for id in ids), final)
+        if text:
             yield TextPiece(request=self.index, text=text)
 
     def _whole(self, id: int) -> Iterator[Event]:
@@ -212,7 +206,7 @@ class Walk:
         if self._state.allowed().contains(eos):
             self._ids.append(eos)
             yield Token(request=self.index, id=eos)
-        yield from self._readable(flush=True)
+        yield from self._readable([], final=True)
         yield self._done("length")
 
     def _done(self, finished: Literal["end", "length"]) -> Done:

@@ -256,7 +256,11 @@ class Scratch {
             memory_.reset(new char[bytes]);
             size_ = bytes;
         }
-        return (float*)(((uintptr_t)memory_.get() + 63) & ~(uintptr_t)63);
+        float* const floats = (float*)(((uintptr_t)memory_.get() + 63) & ~(uintptr_t)63);
+#ifdef FILL_UNINITIALIZED  // for tests: whoever reads what it has not written gets NaN
+        std::fill(floats, floats + count, std::numeric_limits<float>::quiet_NaN());
+#endif
+        return floats;
     }
 
   private:

@@ -162,7 +162,11 @@ class _Chunks(NamedTuple):
         size = _chunk_size(len(self.hidden), self.job.most_rows * dtype.itemsize, sizes)
         # One piece of memory for all chunks, since a CPU spends time on fresh pages. Its rows begin at round places,
         # without which a GPU multiplies slowly.
-        buffer = torch.empty(size, -(-ids // 64) * 64, dtype=dtype, device=device)[:, :ids]
+        padded = torch.empty(size, -(-ids // 64) * 64, dtype=dtype, device=device)
+        # Products on some processors (bfloat16 on Intel's AMX) also read what lies behind a row's end and multiply it
+        # by zeros. That must not be unwritten memory: 0 * NaN is NaN.
+        padded[:, ids:].zero_()
+        buffer = padded[:, :ids]
         losses, partition = (torch.empty(len(self.hidden), dtype=self.job.sums, device=device) for _ in range(2))
         for part in _slices(len(self.hidden), size):
             logits = buffer[: len(self.hidden[part])]

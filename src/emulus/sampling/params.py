@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
-from emulus.errors import EmulusError
+from emulus.checks import number, whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request's ids are drawn. The defaults are the released sampler's for pictures.
+    """How one request's ids are drawn. The defaults are the released sampler's for images; None is the default, too.
 
     Attributes:
         temperature: Divides the logits; 0 takes the likeliest id.
@@ -21,7 +23,8 @@ class SamplingParams:
         max_new_tokens: Ids that may be generated besides the medium that the prompt left open.
 
     Raises:
-        EmulusError: A value is out of range.
+        EmulusError: A value is not a number or out of range: a temperature above 0 is at least 1e-6, and no scale is
+            above 1e6.
     """
 
     temperature: float = 1.0
@@ -32,34 +35,26 @@ class SamplingParams:
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        _check(
-            "temperature",
-            self.temperature,
-            _is_number(self.temperature) and self.temperature >= 0,
-            "at least 0",
-        )
-        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= 0, "a whole number, 0 for no limit")
-        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "in (0, 1]")
-        fine = _is_number(self.guidance_scale) and self.guidance_scale >= 0
-        _check("guidance_scale", self.guidance_scale, fine, "at least 0; 1 for none")
-        _check(
-            "seed",
-            self.seed,
-            _is_integer(self.seed) and 0 <= self.seed < 2**63,
-            "a whole number in [0, 2**63)",
-        )
-        fine = _is_integer(self.max_new_tokens) and self.max_new_tokens >= 1
-        _check("max_new_tokens", self.max_new_tokens, fine, "a whole number of at least 1")
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            checked = field.default if given is None else _CHECKS[field.name](field.name, given)
+            object.__setattr__(self, field.name, checked)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+# Beyond these bounds logits overflow, and what is drawn means nothing any more.
+_MOST_SCALE, _LEAST_TEMPERATURE = 1e6, 1e-6
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _temperature(name: str, value: Any) -> float:
+    found = number(name, value, least=0, most=_MOST_SCALE)
+    return number(name, value, least=_LEAST_TEMPERATURE) if found else found
 
 
-def _check(name: str, value: object, fine: bool, wanted: str) -> None:
-    if not fine:
-        raise EmulusError(f"{name} is {value!r} but must be {wanted}")
+_CHECKS: Mapping[str, Callable[[str, Any], int | float]] = {
+    "temperature": _temperature,
+    "top_k": partial(whole, most=2**31 - 1),
+    "top_p": partial(number, above=0, most=1),
+    "guidance_scale": partial(number, least=0, most=_MOST_SCALE),
+    "seed": partial(whole, most=2**63 - 1),
+    "max_new_tokens": partial(whole, least=1, most=2**31 - 1),
+}

@@ -195,7 +195,7 @@ def converse(
     Args:
         grammar: Writes the ids.
         turns: What was said; the last has no answer yet.
-        system: A message before the first question; by default the wording's own.
+        system: A message before the first question, "" for none; by default the wording's own.
         wording: The model's.
 
     Raises:
@@ -203,7 +203,9 @@ def converse(
     """
     if not turns or [turn.answer is None for turn in turns] != [False] * (len(turns) - 1) + [True]:
         raise EmulusError("a conversation needs questions with their answers, and a last question without one")
-    segments = _fill(wording.system, system if system is not None else wording.helper)
+    said = wording.helper if system is None else system
+    # Without a message nothing of its template stays either.
+    segments = _fill(wording.system, said) if said else []
     if system and not wording.system:
         segments.append(Text(f"{system}\n"))
     for index, turn in enumerate(turns):

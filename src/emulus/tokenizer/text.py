@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -30,6 +33,27 @@ EMU3_FILE = "emu3.tiktoken"
 """What released checkpoints call their text vocabulary."""
 _FIRST_SPECIAL = "<|endoftext|>"
 _BYTES = 256
+_PIECE = 1 << 16
+"""Characters, about, that are encoded together: how much memory encoding takes does not depend on the text's length."""
+MOST_TOGETHER = 500_000
+"""Most characters in a row without a place where a text may be cut. Libraries give up at a million, without an error
+that could be caught."""
+MOST_UNCUT = 1 << 22
+"""Most characters of a text for a tokenizer.json that splits in another way than :data:`PATTERN`: it is not cut."""
+
+# Where PATTERN always has one match end and another begin, and the part before ends in the same matches by itself:
+# between what is no blank and a space; after a digit; between a line's end and a character of the next line; between a
+# character of Chinese or Japanese and its punctuation.
+_CUT = re.compile(
+    r"(?<=\S)(?= )|(?<=[0-9])|(?<=\n)(?=[!-~])|(?<=[\u4e00-\u9fa5\u3041-\u3093\u30a1-\u30f4])(?=[。，、；：？！])"
+)
+# Combining marks are no letters, digits, blanks or ASCII; so a long row of them is in one of these.
+_MARKS = re.compile(r"[^\w\s\x00-\x7f]{31,}")
+# Marks of class 0 that stand for two others.
+_DOUBLE_MARKS = "\u0f73\u0f75\u0f81"
+# What a text vocabulary must give back: letters of both cases, blanks, digits, signs, and other alphabets.
+_PROBE = "a \n\tAa Zz 0123456789.,'s!?\\<|x|>\r\n\n  \u00e9\u00df\u0416\u65e5\u672c\u0e01\u0e33\U0001f600 \x00\x7f end "
+
 _BYTES_MISSING = "some single bytes have no id, so some texts could not be written; give a byte-level vocabulary"
 
 
@@ -70,9 +94,10 @@ class TextTokenizer:
             Ids below :attr:`size`, and those of ``allow_special`` where its strings stand.
 
         Raises:
-            EmulusError: The text holds half of a surrogate pair, which no encoding can write.
+            EmulusError: The text holds half of a surrogate pair, which no encoding can write; or more than
+                :data:`MOST_TOGETHER` characters in a row without a space, line end, digit or the like.
         """
-        text = unicodedata.normalize("NFC", text)
+        text = nfc(text)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -81,15 +106,35 @@ class TextTokenizer:
                 "it was cut inside a character: read it again from its source"
             ) from None
         if allow_special is None:
-            return self._backend.encode(text)
+            return self._encode(text)
         ids: list[int] = []
         plain_start = 0
         for match in NAME.finditer(text):
             special = allow_special.get(match[0])
             if special is not None:
-                ids += [*self._backend.encode(text[plain_start : match.start()]), special]
+                ids += [*self._encode(text[plain_start : match.start()]), special]
                 plain_start = match.end()
-        return ids + self._backend.encode(text[plain_start:])
+        return ids + self._encode(text[plain_start:])
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) <= _PIECE:
+            return _guarded(self._backend.encode, text)
+        if not self._backend.may_be_cut:
+            if len(text) > MOST_UNCUT:
+                raise EmulusError(
+                    f"a text of {len(text):,} characters is too long for this text tokenizer, which takes at most "
+                    f"{MOST_UNCUT:,} at once; split it into several"
+                )
+            return _guarded(self._backend.encode, text)
+        ids: list[int] = []
+        for piece in _pieces_of(text):
+            ids += _guarded(self._backend.encode, piece)
+        return ids
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest piece: a text of more than this many times ``n`` bytes has more than ``n`` ids."""
+        return max(map(len, self._pieces))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text.
@@ -136,12 +181,7 @@ class TextTokenizer:
             raise EmulusError(f"a text vocabulary of {size} ids has no room for all bytes; ask for {_BYTES} or more")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        tokenizer.pre_tokenizer = _splitter()
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -231,17 +271,33 @@ class _TokenizersBackend:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        splitter = tokenizer.pre_tokenizer
+        self.may_be_cut = splitter is not None and splitter.__getstate__() == _splitter().__getstate__()
 
     @classmethod
     def read(cls, path: Path) -> _TokenizersBackend:
         values = read_json(path)
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise EmulusError("this is no file of the tokenizers library; give its tokenizer.json")
-        plain = json.dumps(values | {"added_tokens": [], "post_processor": None})
+        _check_normalizer(values.get("normalizer"))
+        # Text must have its own ids, all of them, and the same ones every time.
+        changes: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        plain = json.dumps(values | changes | {"model": values["model"] | {"dropout": None}})
         try:
-            return cls(Tokenizer.from_str(plain))
+            backend = cls(Tokenizer.from_str(plain))
         except Exception as error:  # the library raises nothing more specific
             raise EmulusError(f"the tokenizers library cannot read it ({error}); restore it") from error
+        backend._probe()
+        return backend
+
+    def _probe(self) -> None:
+        """Refuse what does not give a text back as it was, such as one that makes letters small."""
+        pieces = self.pieces()
+        ids = _guarded(self.encode, _PROBE)
+        if b"".join(pieces[id] for id in ids).decode("utf-8", errors="replace") != _PROBE:
+            raise EmulusError(
+                "it changes texts (in its pre_tokenizer, or byte-level BPE is not its model); give another"
+            )
 
     def pieces(self) -> list[bytes]:
         return _pieces({id: name for name, id in self._tokenizer.get_vocab(with_added_tokens=False).items()})
@@ -258,6 +314,8 @@ class _TokenizersBackend:
 
 class _TiktokenBackend:
     """A released vocabulary: lines of ``base64(piece) rank``, the rank being the id."""
+
+    may_be_cut = True
 
     def __init__(self, pieces: list[bytes]) -> None:
         if len({piece for piece in pieces if len(piece) == 1}) < _BYTES:
@@ -288,6 +346,86 @@ class _TiktokenBackend:
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
+
+
+def nfc(text: str) -> str:
+    """Normalise text to Unicode's NFC, in a time that grows as its length.
+
+    The standard library's own takes the square of the number of combining marks in a row, and lets no other thread run
+    meanwhile.
+    """
+    if text.isascii():
+        return text
+    # Marks of one letter may be put in order first: that is a part of what NFC does, and the slow part.
+    return unicodedata.normalize("NFC", _MARKS.sub(lambda match: _in_order(match[0]), text))
+
+
+def _in_order(marks: str) -> str:
+    """Combining marks as NFD has them; what else is there stays as and where it is."""
+    result: list[str] = []
+    row: list[str] = []
+    for character in marks:
+        if unicodedata.combining(character) or character in _DOUBLE_MARKS:
+            row += unicodedata.normalize("NFD", character)
+        else:
+            result += [*sorted(row, key=unicodedata.combining), character]
+            row = []
+    return "".join(result + sorted(row, key=unicodedata.combining))
+
+
+def _pieces_of(text: str) -> Iterator[str]:
+    """A text in pieces that have the same ids by themselves, each as short as may be from some length on."""
+    start = 0
+    while start < len(text):
+        cut = _CUT.search(text, start + _PIECE) if start + _PIECE < len(text) else None
+        stop = cut.start() if cut else len(text)
+        if stop - start > MOST_TOGETHER:
+            # All but the first part of such a piece holds no place to cut at.
+            raise EmulusError(
+                f"the text has {stop - start - _PIECE:,} characters in a row, from character {start + _PIECE:,} on, "
+                f"without a space, line end, digit or the like; at most {MOST_TOGETHER:,} can be encoded: is it text?"
+            )
+        yield text[start:stop]
+        start = stop
+
+
+def _guarded(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Ids of a text, or one line if the library gives up on it.
+
+    Both libraries are written in Rust, whose panics are not of the kind ``Exception``.
+    """
+    try:
+        return encode(text)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise EmulusError(
+            f"the text tokenizer gave up on a text of {len(text):,} characters ({reason}); shorten it, or use another "
+            "text vocabulary"
+        ) from None
+
+
+def _splitter() -> pre_tokenizers.Sequence:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _check_normalizer(normalizer: object) -> None:
+    """Texts are normalised to NFC before; nothing else may happen to them."""
+    parts = [normalizer]
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence":
+        parts = normalizer.get("normalizers") or []
+    for part in parts if isinstance(parts, list) else [parts]:
+        if part is not None and not (isinstance(part, dict) and part.get("type") == "NFC"):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise EmulusError(f"its normalizer {str(kind)[:40]!r} changes texts; only NFC, or none, can be used")
 
 
 def transformers_ids(path: Path) -> dict[str, int]:

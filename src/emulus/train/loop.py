@@ -92,6 +92,8 @@ def train(config: TrainConfig, objective: Objective[Any, Any], run: Path) -> Pat
                             f"stopped at step {step + 1} of {config.steps} and saved; run the same command to go on"
                         )
                 loop.checkpoints.wait()
+                if summary := loop.watch.summary(config.steps):
+                    loop.log.note(config.steps, summary)
                 if bool(objective.processes.gather([float(bool(interrupts))]).any()):
                     # Whoever trains several models must not begin the next one.
                     raise Interrupted(f"{run} is finished, and was asked to stop")
@@ -256,7 +258,7 @@ class _Loop:
                 clip_(self.parameters, norm, config.clip_norm)
             self.optimizer.step()
         else:
-            self.log.note(step + 1, f"step {step + 1}: the gradient's norm is {size:.4g}; the step was skipped")
+            self.log.note(step + 1, self.watch.skip_note(step + 1, size))
             if self.watch.is_hopeless:
                 raise EmulusError(
                     f"the gradient was not finite in {MOST_NOT_FINITE} steps in a row; go on from an older checkpoint "

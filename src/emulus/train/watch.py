@@ -33,6 +33,7 @@ class WatchState:
         in_a_row: Outliers since the last usual norm.
         skipped: Steps left out so far.
         spikes: Loss spikes so far.
+        not_finite: Steps left out for a gradient that was not finite; older checkpoints do not say.
     """
 
     norms: list[float]
@@ -40,6 +41,7 @@ class WatchState:
     in_a_row: int
     skipped: int
     spikes: int
+    not_finite: int | None = None
 
     def __post_init__(self) -> None:
         at_least(0, in_a_row=self.in_a_row, skipped=self.skipped, spikes=self.spikes)
@@ -50,6 +52,7 @@ class Watch:
 
     Attributes:
         skipped: Steps left out so far.
+        not_finite: Those of them whose gradient was NaN or infinite.
         spikes: Loss spikes so far.
     """
 
@@ -61,7 +64,7 @@ class Watch:
                 only norms that are not finite.
         """
         self.skip_norm = skip_norm
-        self.skipped, self.spikes = 0, 0
+        self.skipped, self.not_finite, self.spikes = 0, 0, 0
         self._norms: deque[float] = deque(maxlen=NORMS)
         self._losses: deque[float] = deque(maxlen=LOSSES)
         self._in_a_row = 0
@@ -77,6 +80,7 @@ class Watch:
         """
         if not math.isfinite(norm):
             self.skipped += 1
+            self.not_finite += 1
             self._not_finite += 1
             return True
         self._not_finite = 0
@@ -95,6 +99,25 @@ class Watch:
     def is_hopeless(self) -> bool:
         """Whether so many norms in a row were not finite that none will be."""
         return self._not_finite >= MOST_NOT_FINITE
+
+    def skip_note(self, step: int, norm: float) -> str:
+        """What to say of a step that :meth:`outlier` left out; more, where non-finite gradients begin."""
+        note = f"step {step}: the gradient's norm is {norm:.4g}; the step was skipped"
+        if self._not_finite != 1:
+            return note
+        return (
+            f"{note}. NaN or infinite gradients train nothing: if they come again, lower the learning rate or train "
+            "with --train.precision fp32"
+        )
+
+    def summary(self, steps: int) -> str | None:
+        """What a run that ends after so many steps must say about those that it left out, if any."""
+        if not self.skipped:
+            return None
+        return (
+            f"{self.skipped:,} of {steps:,} steps were skipped and trained nothing: {self.not_finite:,} with a NaN or "
+            f"infinite gradient, {self.skipped - self.not_finite:,} with an outlier of --train.skip-norm"
+        )
 
     def loss(self, step: int, loss: float) -> str | None:
         """Look at a step's loss.
@@ -154,6 +177,7 @@ class Watch:
             losses=list(self._losses),
             in_a_row=self._in_a_row,
             skipped=self.skipped,
+            not_finite=self.not_finite,
             spikes=self.spikes,
         )
         return asdict(state)
@@ -173,3 +197,6 @@ class Watch:
         self._losses.clear()
         self._losses.extend(values.losses)
         self._in_a_row, self.skipped, self.spikes = values.in_a_row, values.skipped, values.spikes
+        # Checkpoints of before did not tell these apart; without a threshold there are no others.
+        unknown = 0 if self.skip_norm else values.skipped
+        self.not_finite = unknown if values.not_finite is None else values.not_finite

@@ -298,7 +298,7 @@ def media_of(
         except LeftOutError as error:
             first = first or error
     assert first is not None
-    path = reading.find(value) if first.reason == NOT_THERE else None
+    path = reading.find(value) if first.reason == NOT_THERE and isinstance(value, str) else None
     if path is None:
         raise first
     return column, path
