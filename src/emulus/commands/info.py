@@ -56,7 +56,8 @@ def info(arguments: Sequence[str]) -> None:
         about = {"about": f"{inspect.getdoc(RECIPES[options.path])}\n"}
         found = about | to_dict(recipe(options.path))
     elif "/" not in options.path and not Path(options.path).exists():
-        raise EmulusError(f"{shown(options.path)} is neither a folder nor a recipe{did_you_mean(options.path, RECIPES)}")
+        hint = did_you_mean(options.path, RECIPES)
+        raise EmulusError(f"{shown(options.path)} is neither a folder nor a recipe{hint}")
     elif (Path(options.path) / SETTINGS).exists():
         found = describe_tokens(Tokens.open(Path(options.path)), check=options.check)
     else:

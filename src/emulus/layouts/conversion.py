@@ -67,7 +67,7 @@ def convert(
         raise EmulusError(f"{source.folder} is quantised ({source.quantized}) and is not converted; take the original")
     if vision is not None:
         if source.decoder is None:
-            raise EmulusError(f"{source.folder} holds no decoder that a vision tokenizer could be added to; leave --vision out")
+            raise EmulusError(f"{source.folder} holds no decoder to add a vision tokenizer to; leave --vision out")
         source = with_vision(source, vision)
     check_free(dst, source.folder)
     if max_shard_bytes < 1:
