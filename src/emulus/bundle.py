@@ -185,7 +185,7 @@ def load_default_vision(bundle: Bundle, device: str = "auto") -> VisionTokenizer
         raise EmulusError(f"{bundle.source} needs the vision tokenizer it was trained with: {error}") from None
     vision = _load_vision(contents, device, bundle.vision_dtype)
     if vision is None:
-        raise EmulusError(f"{bundle.default_vision} holds no vision tokenizer; name one with vision= (--vision)")
+        raise EmulusError(f"{bundle.default_vision} holds no vision tokenizer; name another with vision= (--vision)")
     return vision
 
 

@@ -181,9 +181,8 @@ def check_shapes(folder: Path, wanted: Shapes, tensors: Tensors) -> None:
     )
     parts = [_listing(kind, names) for kind, names in differences if names]
     if parts:
-        raise EmulusError(
-            f"{folder}: the shapes of the weights are not those of its {CONFIG}: {'; '.join(parts)}; fetch both again"
-        )
+        what = f"the shapes of the weights are not those of its {CONFIG}: {'; '.join(parts)}"
+        raise EmulusError(f"{folder}: {what}; fetch both again")
 
 
 def fill(
