@@ -298,7 +298,7 @@ def media_of(
         except LeftOutError as error:
             first = first or error
     assert first is not None
-    path = reading.find(value) if first.reason == NOT_THERE else None
+    path = reading.find(str(value)) if first.reason == NOT_THERE else None
     if path is None:
         raise first
     return column, path
