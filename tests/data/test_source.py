@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -318,6 +318,7 @@ def test_truncated_parquet_is_refused_at_any_place(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(place=st.integers(0, 10_000), value=st.integers(0, 255))
+@example(place=1234, value=71)  # of a column's figures, at which pyarrow aborts the process where it is asked for them
 def test_damaged_parquet_raises_nothing_else(tmp_path_factory: pytest.TempPathFactory, place: int, value: int) -> None:
     path = tmp_path_factory.mktemp("damaged") / "set.parquet"
     write_parquet(path, [{"image": picture(n), "text": f"number {n}"} for n in range(5)])
@@ -325,7 +326,7 @@ def test_damaged_parquet_raises_nothing_else(tmp_path_factory: pytest.TempPathFa
     content[place % len(content)] = value
     path.write_bytes(content)
     try:
-        assert all(isinstance(item.media, bytes) for item in open_source(path))
+        assert all(isinstance(item.media, bytes) or item.mark for item in open_source(path))
     except EmulusError as error:
         assert "\n" not in str(error)  # noqa: PT017
 

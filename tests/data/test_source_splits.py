@@ -224,7 +224,14 @@ def test_several_configs_without_a_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "configs",
-    ["- [", "- config_name: x\n  data_files: 5\n", "- 3\n", "  data_files: {a: {b: c}}\n", "- data_files: z/*\n"],
+    [
+        "- [",
+        "- config_name: x\n  data_files: 5\n",
+        "- 3\n#\n...\n--- x\n",
+        "- 3\n",
+        "  data_files: {a: {b: c}}\n",
+        "- data_files: z/*\n",
+    ],
 )
 def test_cards_that_say_nothing_of_use(tmp_path: Path, configs: str) -> None:
     write(tmp_path, "train.parquet", "test.parquet")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emulus.codec import parse_yaml
+from emulus.codec import as_mapping, parse_yaml
 from emulus.data.item import Split
 from emulus.data.sources.account import Account
 from emulus.data.sources.splits import split_called, split_named
@@ -61,7 +61,7 @@ def read_card(root: Path, names: Iterable[str], account: Account) -> Card | None
     if block is None:
         return None
     try:
-        configs = parse_yaml(block[0], f"{path}: configs").get("configs")
+        configs = as_mapping(parse_yaml(block[0], f"{path}: configs"), f"{path}: configs").get("configs")
     except EmulusError as error:
         account.note(f"the card is not used: {error}")
         return None

@@ -173,11 +173,13 @@ def _sort_table(file: Path, kind: str, choice: Choice, *, is_root: bool) -> None
             unfit = isinstance(error, UnfitError)
             account.leave_out(_UNFIT if unfit else _DAMAGED, name if unfit else choice.short(error))
         return
-    if not (table.columns.media or table.columns.texts):
+    if table.columns.media or table.columns.texts:
+        choice.tables.append(table)
+    elif file.suffix.lower() in _WORDS:
+        choice.loose[name] = file
+    else:
         account.leave_out("tables without rows", name)
         choice.errors.append(EmulusError(f"{file} has no rows; add some"))
-    else:
-        choice.tables.append(table)
 
 
 def _choose(choice: Choice) -> tuple[list[Table | Path] | str, str]:

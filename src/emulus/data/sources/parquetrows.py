@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,12 @@ from emulus.errors import EmulusError, shown
 
 MAX_WORDS = 2**24
 """Bytes of the words of one row."""
-_ROWS = 1024
-"""Rows of a Parquet file that are read at a time, at most."""
+_LEAST_ROWS, _MOST_ROWS = 16, 1024
+"""Rows of a Parquet file that are read at a time."""
 _BATCH_BYTES = 2**22
 _MOST_WORDS, _MOST_TIMES = 2**28, 100
 """Bytes of words that any Parquet file may unpack to, and how many times its own size."""
-_SAMPLE, _MOST_SAMPLED = 8, 2**26
+_SAMPLE = 8
 _TOO_LONG = "words that are too long"
 
 
@@ -178,15 +177,11 @@ def _first(cell: ParquetCell | ArrowCell) -> Any:
 
 
 def _sampled(path: Path, file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
-    """The first rows, of columns that are not too large to look into."""
+    """The first rows."""
+    columns = _telling(file.schema_arrow)
     if not file.num_row_groups:
         return
-    chunks = file.metadata.row_group(0)
-    sizes: Counter[str] = Counter()
-    for number in range(chunks.num_columns):
-        sizes[chunks.column(number).path_in_schema.split(".")[0]] += chunks.column(number).total_uncompressed_size
-    columns = [name for name in _telling(file.schema_arrow) if sizes[name] <= _MOST_SAMPLED]
-    rows = _Words(path, columns).of(0) if columns else iter([{}] * chunks.num_rows)
+    rows = _Words(path, columns).of(0, _SAMPLE) if columns else iter([{}] * file.metadata.row_group(0).num_rows)
     yield from (row for row in rows if not isinstance(row, LeftOutError))
 
 
@@ -228,14 +223,20 @@ class _Words:
         self._path, self._columns = path, list(columns)
         self._room = max(_MOST_WORDS, _MOST_TIMES * path.stat().st_size)
 
-    def of(self, group: int) -> Iterator[dict[str, Any] | LeftOutError]:
+    def of(self, group: int, most: int = _MOST_ROWS) -> Iterator[dict[str, Any] | LeftOutError]:
         """The rows of one group; an error in place of one whose words are too long.
+
+        Args:
+            group: Which.
+            most: How many are read at a time, at most.
 
         Raises:
             EmulusError: They are too much.
         """
-        rows = self._batch_rows(group)
-        for batch in self._file.iter_batches(rows, row_groups=[group], columns=self._columns):
+        # What the group says of its columns is not looked at: pyarrow aborts the process where that is damaged.
+        chunks = self._file.metadata.row_group(group)
+        rows = max(_BATCH_BYTES * chunks.num_rows // max(chunks.total_byte_size, 1), _LEAST_ROWS)
+        for batch in self._file.iter_batches(min(rows, most), row_groups=[group], columns=self._columns):
             total, longest = _letters(batch)
             self._room -= total
             if self._room < 0:
@@ -252,17 +253,6 @@ class _Words:
                     yield LeftOutError(_TOO_LONG, message)
                 else:
                     yield from part.cast(plain).to_pylist()
-
-    def _batch_rows(self, group: int) -> int:
-        """How many rows are read at a time: some megabytes by what the file says."""
-        chunks = self._file.metadata.row_group(group)
-        found = [chunks.column(number) for number in range(chunks.num_columns)]
-        size = sum(
-            chunk.total_uncompressed_size for chunk in found if chunk.path_in_schema.split(".")[0] in self._columns
-        )
-        if size > self._room:
-            raise EmulusError(self._too_much)
-        return max(min(_BATCH_BYTES * chunks.num_rows // max(size, 1), _ROWS), 1)
 
     @property
     def _too_much(self) -> str:
