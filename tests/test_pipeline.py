@@ -199,6 +199,20 @@ def test_every_window_of_a_continuation_has_noise_of_its_own(tiny: Emulus) -> No
         assert [a.tobytes() for a in same.frames[4:]] != [b.tobytes() for b in longer[8:12]]
 
 
+@pytest.mark.parametrize(("most", "asked"), [(8, 12), (16, 8), (16, 12), (16, 20), (12, 16)])
+def test_a_continuation_is_as_long_as_asked(tiny: Emulus, most: int, asked: int) -> None:
+    model = Emulus(dataclasses.replace(tiny.bundle, defaults=dataclasses.replace(tiny.defaults, num_frames=most)))
+    start = tiny.generate_video("a bird", num_frames=4, seed=4)
+    assert len(model.continue_video(start, num_frames=asked).frames) == asked
+
+
+def test_every_clip_of_a_batch_has_the_same_seed(tiny: Emulus) -> None:
+    together = tiny.generate_videos(["a red apple", "a blue bird"], num_frames=4, seed=3)
+    for prompt, clip in zip(["a red apple", "a blue bird"], together, strict=True):
+        alone = tiny.generate_video(prompt, num_frames=4, seed=3)
+        assert [a.tobytes() for a in clip.frames] == [b.tobytes() for b in alone.frames]
+
+
 def test_what_stands_still_keeps_the_given_pixels(tiny: Emulus) -> None:
     start = tiny.generate_video("a bird", num_frames=4, seed=4)
     further = tiny.continue_video(start).frames[4:]

@@ -34,6 +34,7 @@ from emulus.data.loader import (
 )
 from emulus.data.mixture import Mixture, Part, parse_part
 from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, shard_name, write_shard
+from emulus.data.source import even
 from emulus.errors import EmulusError
 from emulus.sequence import Batch, Document, Text, caption_first, caption_last, conversation, pack, question_answer
 from tests.data.folders import Thing, documents_of, grammar_of_things, make_folder, make_things, to_record
@@ -388,6 +389,21 @@ def test_held_out_documents_are_always_the_same(mixture: Mixture) -> None:
     assert sum(tuple(ids) in ends for ids in found) == 6
 
 
+def test_held_out_rows_weigh_as_training_ones_do(mixture: Mixture) -> None:
+    for weight in (0.25, 1.0):
+        rows = held_out(mixture, 10, ReadingConfig(visual_weight=weight), ROW)
+        for row in rows:
+            visual = row.targets >= GRAMMAR.vocabulary.visual_start
+            assert visual.any()
+            assert set(row.loss_weights[visual].tolist()) == {weight}
+
+
+def test_held_out_items_are_evenly_spread(mixture: Mixture) -> None:
+    every = [item.id for item in mixture.items("validation", 100)]
+    assert len(every) == 16
+    assert [item.id for item in mixture.items("validation", 5)] == even(every, 5)
+
+
 def test_held_out_pictures_have_captions(mixture: Mixture, words: Path) -> None:
     found = mixture.pictures("validation", 5)
     assert len(found) == 5
@@ -562,6 +578,20 @@ def test_ids_outside_the_vocabulary_are_refused(broken: Path) -> None:
     (broken / "vocabulary.json").write_text(json.dumps({**values, "visual_size": 3}))
     with pytest.raises(EmulusError, match="but the vocabulary has"):
         make_loader(Mixture.open([str(broken)])).step(0)
+
+
+def test_the_digest_tells_shares_and_tokenizers_apart(media: Path, words: Path, tmp_path: Path) -> None:
+    shares = [Mixture.open([f"{media}={weight}", f"{words}=1"]).digest() for weight in (1, 2)]
+    assert len(set(shares)) == 2
+    things = {("train", "image"): make_things("image", 4, "train/image")}
+    folders = [make_folder(tmp_path / vision, things, vision=vision) for vision in ("eyes", "glasses")]
+    lines = [Mixture.open([str(folder)]).sources[0].lines for folder in folders]
+    assert lines[0] == lines[1]
+    assert len({Mixture.open([str(folder)]).digest() for folder in folders}) == 2
+
+
+def test_a_mixture_stands_for_the_folder_that_can_see(media: Path, words: Path) -> None:
+    assert Mixture.open([str(words), str(media)]).folder == Mixture.open([str(media), str(words)]).folder == media
 
 
 def test_the_digest_tells_data_apart(media: Path, words: Path) -> None:

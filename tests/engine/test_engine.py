@@ -345,6 +345,27 @@ def test_bad_requests_are_refused_before_anything_is_generated(
     assert not seen
 
 
+def test_the_type_of_keys_and_values_is_the_one_asked_for() -> None:
+    assert Engine(DECODER, GRAMMAR).runner.layout.dtype == torch.float32
+    if native.available():
+        engine = Engine(DECODER, GRAMMAR, kv_dtype=torch.bfloat16)
+        assert engine.runner.layout.dtype == torch.bfloat16
+        engine.decoder = make_decoder(seed=1)
+        assert engine.runner.layout.dtype == torch.bfloat16, "also after the weights were moved"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_no_more_requests_run_at_once_than_asked_for(most: int) -> None:
+    requests, running, together = requests_of_every_kind()[:5], set[int](), 0
+    for event in ENGINE.events(requests, batch_size=most):
+        running = running - {event.request} if isinstance(event, Done) else running | {event.request}
+        together = max(together, len(running))
+    assert together == most
+    seen: list[int] = []
+    ENGINE.generate(requests, batch_size=most, on_event=lambda event: seen.append(event.request))
+    assert set(seen[: seen.index(most)]) == set(range(most)), "the next one comes when the first ones have begun"
+
+
 def test_other_misuse() -> None:
     with pytest.raises(EmulusError, match="batch_size"):
         ENGINE.generate(requests_of_every_kind(), batch_size=0)

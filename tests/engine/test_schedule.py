@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from emulus.engine import Engine, Jacobi, Request, Row, Schedule, Sequential, Token, Zipar
 from emulus.engine.pace import Pace
+from emulus.engine.walk import Walk
 from emulus.errors import EmulusError
 from emulus.sampling import SamplingParams
 from emulus.sequence.document import Image, Video
@@ -195,6 +197,79 @@ def test_pace_learns_anew_when_the_batch_grows() -> None:
     for _ in range(600):
         pace.made(1, float(pace.window()), lanes=16)
     assert pace.window() <= 2
+
+
+def test_one_slow_trial_does_not_move_the_window() -> None:
+    """A window's rate is mostly what it was before: pictures and machines have moods."""
+    pace = Pace()
+
+    def trial(seconds: float) -> int:
+        window = pace.window()
+        for _ in range(12):
+            pace.made(1, seconds, lanes=2)
+        return window
+
+    best, used = 0.01, {}
+    for _ in range(60):
+        window = pace.window()
+        used[window] = trial(best if window == 4 else best * 1.25)
+    while pace.window() != 4:
+        trial(best * 1.25)
+    # Alone it would be slower than its neighbours; weighed with what is known it is not.
+    trial(best * 1.4)
+    following = [trial(best if pace.window() == 4 else best * 1.25) for _ in range(6)]
+    assert following.count(4) >= 5
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    width=st.integers(1, 12),
+    window=st.integers(2, 6),
+    top_k=st.integers(1, 3),
+    temperature=st.sampled_from([0.3, 1.0]),
+    seed=st.integers(0, 100),
+)
+def test_guesses_are_kept_in_their_places(width: int, window: int, top_k: int, temperature: float, seed: int) -> None:
+    """As many steps as the algorithm takes when it is played with the ids known."""
+    request = drawing(1, width, guided=False, top_k=top_k, temperature=temperature, seed=seed)
+    engine = Engine(DECODER, GRAMMAR, schedule=Jacobi(window=window))
+    (result,) = engine.generate([request])
+    assert engine.counts.forwards == jacobi_steps(request, list(result.ids[:width]), window)
+
+
+def jacobi_steps(request: Request, right: list[int], window: int) -> int:
+    """Steps that it takes to find these cells of a picture of one row, each after whatever is guessed before it."""
+
+    def chosen_after(before: list[int]) -> int:
+        cut = dataclasses.replace(request, prompt_ids=[*request.prompt_ids, *before])
+        return next(event.id for event in SEQUENTIAL.stream(cut) if isinstance(event, Token))
+
+    steps, done = 0, 0
+    guesses: dict[int, int] = {}
+    while done < len(right):
+        steps += 1
+        places = range(done, min(done + window, len(right)))
+        for place in places[:-1]:
+            # The cell to the left, as far as it is known or guessed; the first code where there is none.
+            left = right[done - 1] if place == done else guesses[place - 1]
+            guesses.setdefault(place, left if place else GRAMMAR.vocabulary.visual_start)
+        found = [chosen_after([*right[:done], *(guesses[p] for p in places[:n])]) for n in range(len(places))]
+        held = next((n for n, id in enumerate(found[:-1]) if guesses[places[n]] != id), len(found) - 1)
+        guesses |= dict(zip(places[held + 1 :], found[held + 1 :], strict=True))
+        done += held + 1
+    return steps
+
+
+def test_cells_are_guessed_from_the_frame_before_then_from_above_then_from_the_left() -> None:
+    start = GRAMMAR.vocabulary.visual_start
+    prompt = animate(GRAMMAR, "a", 2, 2, 3, 8).ids
+    walk = Walk(0, Request(prompt_ids=prompt, params=parameters()), GRAMMAR, 256)
+    assert walk.nearby([], 4) == [start, start, start, start]
+    for id in [start + 5, start + 6]:
+        list(walk.take(id))
+    # Known are two cells of the first row; its third is guessed as the second, and so on from there.
+    assert walk.nearby([], 4) == [start + 6, start + 5, start + 6, start + 6]
+    assert walk.nearby([start + 9], 5) == [start + 5, start + 6, start + 9, start + 5, start + 6]
 
 
 EMU3_5 = Grammar(GRAMMAR.vocabulary, GRAMMAR.text, SequenceLayout.emu3_5())

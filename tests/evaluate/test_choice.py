@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emulus.data.tokens import TokenizedItem
-from emulus.evaluate.choice import Accuracy, Ranks, caption_scores, choose, make_groups, picture_scores, ranks_of
+from emulus.evaluate.choice import (
+    Accuracy,
+    Ranks,
+    caption_scores,
+    choose,
+    make_groups,
+    neighbour_scores,
+    picture_scores,
+    ranks_of,
+)
 from emulus.model import Decoder
 from emulus.model.attention import Row
 from emulus.pipeline import Emulus
@@ -226,6 +235,14 @@ def test_neighbours_choose_by_shared_words(model: Emulus, learned: Decoder) -> N
     assert known.caption_neighbour.top1.right == 8
     assert nothing.caption_neighbour is not None
     assert nothing.caption_neighbour.top1.right < 6
+
+
+def test_a_row_of_neighbour_scores_is_one_picture_s() -> None:
+    group = items(each=4)[:3]
+    table = neighbour_scores(group, {group[0].id: group[2].captions[0]})
+    assert table[0].argmax() == 2
+    assert table[0, 2] > 0.99
+    assert (table[1:] < 1e-5).all()
 
 
 @given(st.integers(2, 12), st.integers(0, 2**31))

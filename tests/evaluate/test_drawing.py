@@ -141,6 +141,7 @@ def test_nearest_by_codes_and_by_vectors() -> None:
     assert vectors.places.tolist() == [1]
     summed = Closeness.of("m", torch.tensor([0.2, 0.9, 0.95]), torch.tensor([0.1, 0.9]))
     assert (summed.drawn, summed.beyond) == (pytest.approx(0.9), 1)
+    assert (summed.drawn_most, summed.real, summed.real_high) == pytest.approx((0.95, 0.5, 0.9))
     # One picture under two names does not hide the copies.
     twins = Closeness.of("m", torch.tensor([0.5, 0.9, 1.0]), torch.cat([torch.rand(199) * 0.6, torch.ones(1)]))
     assert twins.beyond == 2
@@ -177,6 +178,37 @@ def test_a_name_is_stood_for_by_its_other_pictures(model: Emulus, held_out: list
     assert (figures.found["real"].top1.right, figures.found["real"].top1.asked) == (4, 4)
     assert figures.found["wrong"].top1.right == 0
     assert lookalikes(dual, twins[4:], twins[4:], {"real": pixels[4:]}) is None
+
+
+def test_no_picture_stands_for_its_own_name(held_out: list[Example], dual: DualEncoder) -> None:
+    """Looked up one by one: the right name is stood for by its other pictures, any other by all of its own."""
+    discs = [example for example in held_out if isinstance(example.media, Image)][:9]
+    names = [number % 3 for number in range(9)]
+    examples = [
+        dataclasses.replace(
+            disc,
+            item=dataclasses.replace(disc.item, id=f"disc {number}", questions=(Question("what is it?", str(name)),)),
+        )
+        for number, (disc, name) in enumerate(zip(discs, names, strict=True))
+    ]
+    vectors = dual.images(pixels_of(examples))
+    ranks, flattered = [], []
+    for place, name in enumerate(names):
+        nearness: dict[int, float] = {}
+        for other in range(3):
+            rows = [row for row in range(9) if names[row] == other]
+            mean = vectors[[row for row in rows if row != place]].sum(0)
+            nearness[other] = float(vectors[place] @ (mean / mean.norm()))
+        ranks.append(sum(near >= nearness[name] for near in nearness.values()))
+        own = vectors[[row for row in range(9) if names[row] == name]].sum(0)
+        nearness[name] = float(vectors[place] @ (own / own.norm()))
+        flattered.append(sum(near >= nearness[name] for near in nearness.values()))
+    figures = lookalikes(dual, examples, examples, {"real": pixels_of(examples)})
+    assert figures is not None
+    real = figures.found["real"]
+    assert real.top1.right == sum(rank == 1 for rank in ranks)
+    assert real.median_rank == sorted(ranks)[4]
+    assert sum(rank == 1 for rank in flattered) > real.top1.right
 
 
 def test_everything_is_measured_and_told(

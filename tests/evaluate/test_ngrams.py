@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emulus.evaluate.ngrams import NGrams, tuned_bits
+from emulus.evaluate.ngrams import ADDED, STRENGTHS, NGrams, tuned_bits
 
 # Ids 10 to 12 are counted; 1 and 2 are other ids before them.
 PREVIOUS = np.array([1, 10, 10, 11, 2])
@@ -64,6 +64,20 @@ def test_tuning_takes_the_best_smoothing(counts: NGrams) -> None:
     previous, ids = np.array([10, 11]), np.array([12, 12])
     _, bigram = tuned_bits(counts, previous, ids)
     assert bigram.mean() <= -math.log2(float(counts.bigram(previous, ids, 1.0, 1.0).prod())) / 2
+
+
+@pytest.mark.parametrize("name", ["unigram", "bigram"])
+def test_no_other_smoothing_is_better(counts: NGrams, name: str) -> None:
+    previous, ids = np.array([10, 11, 1, 10, 2]), np.array([12, 12, 10, 10, 11])
+    unigram, bigram = tuned_bits(counts, previous, ids)
+    if name == "unigram":
+        found, others = unigram, [counts.unigram(ids, added) for added in ADDED]
+    else:
+        best = min(ADDED, key=lambda added: -np.log2(counts.unigram(ids, added)).mean())
+        found, others = bigram, [counts.bigram(previous, ids, best, strength) for strength in STRENGTHS]
+    bits = [-np.log2(other).mean() for other in others]
+    assert found.mean() == pytest.approx(min(bits))
+    assert min(bits) < max(bits)
 
 
 def test_three_million_ids_take_seconds() -> None:
