@@ -1,8 +1,9 @@
-"""What a model or a recipe is."""
+"""What a model, a recipe or a data set is."""
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import inspect
 import json
 import math
@@ -16,6 +17,7 @@ import tyro
 import yaml
 
 from emulus.config import to_dict
+from emulus.data.source import Source, open_source
 from emulus.data.tokens import SETTINGS, Tokens
 from emulus.errors import EmulusError, did_you_mean, shown
 from emulus.flags import parse_flags
@@ -32,10 +34,11 @@ from emulus.weights import Tensors
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """Say what a model or a recipe is. Of a model only small files and headers are read.
+    """Say what a model, a recipe or a data set is. Of a model only small files and headers are read.
 
     Attributes:
-        path: A model's folder in any layout, a training run's, a tokens folder, a name on the hub, or a recipe's name.
+        path: A model's folder in any layout, a training run's, a tokens folder, a name on the hub, a recipe's name, or
+            a data set: what there is of each split and kind, and what is left out of it and why.
         check: Of a tokens folder, read every shard and compare its checksum.
         sizes: List the named decoder sizes and the recipes instead.
         json: Print JSON.
@@ -56,17 +59,52 @@ def info(arguments: Sequence[str]) -> None:
         about = {"about": f"{inspect.getdoc(RECIPES[options.path])}\n"}
         found = about | to_dict(recipe(options.path))
     elif "/" not in options.path and not Path(options.path).exists():
-        hint = did_you_mean(options.path, RECIPES)
-        raise EmulusError(f"{shown(options.path)} is neither a folder nor a recipe{hint}")
+        raise EmulusError(
+            f"{shown(options.path)} is neither a folder nor a recipe{did_you_mean(options.path, RECIPES)}"
+        )
     elif (Path(options.path) / SETTINGS).exists():
         found = describe_tokens(Tokens.open(Path(options.path)), check=options.check)
     else:
-        found = describe_contents(inspect_folder(fetch(options.path)))
+        found = _describe_folder(options.path)
     print(
         json.dumps(found, indent=1)
         if options.json
         else yaml.dump(found, Dumper=_Dumper, sort_keys=False, allow_unicode=True).rstrip()
     )
+
+
+def _describe_folder(path: str) -> dict[str, Any]:
+    """A model, or what else is there: a data set.
+
+    Raises:
+        EmulusError: It is neither.
+    """
+    if Path(path).is_file() or (glob.has_magic(path) and not Path(path).exists()):
+        return describe_source(open_source(path))
+    try:
+        return describe_contents(inspect_folder(fetch(path)))
+    except EmulusError as error:
+        # What has parts of a model is a model, though perhaps a damaged one.
+        if any((Path(path) / name).exists() for name in ("config.json", "vocabulary.json", "checkpoints")):
+            raise
+        try:
+            return describe_source(open_source(path))
+        except EmulusError:
+            raise error from None
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """A data set in plain values: how many items of each split and kind, and what is left out and why."""
+    account = source.account
+    found: dict[str, Any] = {"data": str(source.path), **source.counts()}
+    for name, lines in (
+        ("notes", account.notes),
+        ("left_out", list(map(str, account.left_out))),
+        ("no_data", list(map(str, account.passed_over))),
+    ):
+        if lines:
+            found[name] = lines
+    return found
 
 
 class _Dumper(yaml.SafeDumper):
