@@ -81,7 +81,7 @@ def _with_damage(value: Any, luck: Random) -> Any:
         if way < 0.2:
             return value[: place + 1] * luck.choice((2, 100))
         return [_with_damage(each, luck) if index == place else each for index, each in enumerate(value)]
-    if isinstance(value, int | float) and not isinstance(value, bool) and luck.random() < 0.4:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and luck.random() < 0.4:
         return luck.choice(
             (value + 1, value - 1, -value, value * 2, value * 10**6, float(value), str(value), [value], value / 2)
         )

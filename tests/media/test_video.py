@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from emulus.errors import EmulusError
-from emulus.media import Clip, Limits, clip_to_pixels, is_video, pixels_to_clip, read_video, write_video
+from emulus.media import Clip, Limits, clip_to_pixels, is_video, pixels_to_clip, read_media, read_video, write_video
 
 FORMATS = ("mp4", "webm", "webp", "gif")
 
@@ -429,3 +429,14 @@ def test_clips_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(EmulusError, match=r"a\.gif .*at most 50\); choose"):
         write_video(clip_of([0, 1], fps=100), tmp_path / "a.gif")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_gif_cut_inside_its_second_frames_header_is_refused_in_one_line() -> None:
+    frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue", "green")]
+    content = BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=120)
+    whole = content.getvalue()
+    for length in range(13, len(whole)):
+        with suppress(EmulusError):
+            read_media(whole[:length])
+        is_video(whole[:length])

@@ -121,20 +121,30 @@ def timed_frames(file: BinaryIO, name: str, wanted: Wanted) -> Generator[Timed, 
         yield from _container_frames(container, name, wanted)
 
 
-def is_animated(image: Image.Image) -> bool:
-    """Say whether an opened image has several frames that are shown one after the other."""
-    return image.format in ANIMATED and bool(getattr(image, "is_animated", False))
+def is_animated(image: Image.Image, name: str) -> bool:
+    """Say whether an opened image has several frames that are shown one after the other.
+
+    Args:
+        image: The image.
+        name: Names it in errors.
+
+    Raises:
+        EmulusError: It is damaged: Pillow counts a GIF's frames by reading them.
+    """
+    with decoding(name):
+        return image.format in ANIMATED and bool(getattr(image, "is_animated", False))
 
 
 # Animated images
 
 
 def _animation_frames(image: ImageFile.ImageFile, name: str, wanted: Wanted) -> Iterator[Timed]:
-    if image.format not in ANIMATED or (image.format == "PNG" and not is_animated(image)):
+    if image.format not in ANIMATED or (image.format == "PNG" and not is_animated(image, name)):
         raise EmulusError(f"{name} is a still image, not a clip; read it with read_image")
     limits = wanted.limits
     # Of a GIF, the number of frames is known only at the end.
-    stated = None if image.format == "GIF" else int(getattr(image, "n_frames", 1))
+    with decoding(name):
+        stated = None if image.format == "GIF" else int(getattr(image, "n_frames", 1))
     limits.check_size(name, image.width, image.height)
     wanted.check_claims(name, frames=stated or 0, pixels=image.width * image.height, seconds=0, cost=_ANIMATION_WORK)
     # An animated PNG may start with an image for viewers that do not animate.

@@ -23,7 +23,7 @@ from emulus.media.frames import TOO_SHORT, Timed, Wanted, is_animated, open_cont
 from emulus.media.image import WRITABLE, as_rgb, by_suffix, finish, open_picture, write_content
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import resize
-from emulus.media.source import ImageSource, decoding, encoding, given_image, name_of, opened
+from emulus.media.source import ImageSource, encoding, given_image, name_of, opened
 
 # A clip read at its own rate is not given more frames a second than this to render uneven durations.
 MAX_OWN_FPS = 60
@@ -57,8 +57,7 @@ def is_video(source: MediaSource) -> bool:
         try:
             image = open_picture(file, name)
             if image is not None:
-                with decoding(name):
-                    return is_animated(image)
+                return is_animated(image, name)
             with open_container(file, name) as container:
                 return video_stream(container) is not None
         except EmulusError:
@@ -99,7 +98,7 @@ def read_media(
     wanted = Wanted(fps=fps, max_frames=max_frames, background=background, limits=limits)
     with opened(source) as file:
         image = open_picture(file, name, limits)
-        if image is None or is_animated(image):
+        if image is None or is_animated(image, name):
             file.seek(0)
             return _read_clip(file, name, wanted, transform)
         return _transformed(finish(image, name, background, limits), transform)
