@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from emulus.errors import EmulusError
-from emulus.files import write_file, write_text
+from emulus.files import LOCK, check_not_running, check_out, check_path, only_run, write_file, write_text
 
 
 def test_every_writer_makes_files_that_others_may_read(tmp_path: Path) -> None:
@@ -38,3 +40,59 @@ def test_what_is_not_whole_does_not_appear(tmp_path: Path) -> None:
         write_file(path, stopped)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    folder = tmp_path / "a/run"
+    check_not_running(folder)
+    assert not folder.exists()
+    with only_run(folder):
+        for second in (only_run(folder).__enter__, lambda: check_not_running(folder)):
+            with pytest.raises(EmulusError, match=rf"another run is writing to {folder}; wait until it has ended, or"):
+                second()
+        with only_run(tmp_path / "other"):
+            pass
+    # An old lock file alone holds nothing.
+    assert (folder / LOCK).exists()
+    check_not_running(folder)
+    with only_run(folder):
+        pass
+
+
+def test_without_locks_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("emulus.files.fcntl.flock", flock)
+    with only_run(tmp_path), only_run(tmp_path):
+        assert "cannot be locked here" in caplog.text
+
+
+def test_folders_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("link").symlink_to("data")
+    Path("file").write_text("")
+    check_out(Path("data/tokens"), source=Path("data"))
+    check_out(Path("data"), source="", model=None, vocabulary="hub/name")
+    for out, says in [
+        ("data", "--out data is the source, which is read; choose another --out"),
+        ("link", "--out link is the source"),
+        ("data/../data/", "is the source"),
+        (str(tmp_path / "data"), "is the source"),
+        ("file", "--out file is not a folder"),
+        ("file/a/b", "file is not a folder, so --out file/a/b cannot be made"),
+        ("x" * 300, "File name too long"),
+        ("a/" + "x" * 300 + "/b", "File name too long"),
+        ("a\udcff", "is not UTF-8"),
+        ("a\0b", "holds a zero byte"),
+        ("/proc/emulus/x", "not allowed to write to|cannot be"),
+    ]:
+        if out.startswith("/proc") and os.access("/proc", os.W_OK):
+            continue
+        with pytest.raises(EmulusError, match=says):
+            check_out(Path(out), source=Path("data"))
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "file", "link"}
+    check_path("caf\u00e9", "a name")

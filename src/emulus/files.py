@@ -24,6 +24,8 @@ MAX_JSON_BYTES = 2**28
 """The largest tokenizer.json have some 30 MB."""
 COMPLETE = "COMPLETE"
 LOCK = ".lock"
+MAX_NAME = 255
+"""Bytes that most file systems allow in the name of a file or folder."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -265,6 +267,8 @@ def check_out(out: Path, **read: Path | str | None) -> None:
         parent = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
         if not parent.is_dir():
             raise EmulusError(f"{parent} is not a folder, so --out {out} cannot be made; choose another --out")
+        if any(len(os.fsencode(part)) > MAX_NAME for part in out.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except OSError as error:
         raise EmulusError(f"--out {out} cannot be used ({error.strerror}); choose another --out") from None
     if not exists and not os.access(parent, os.W_OK | os.X_OK):
