@@ -59,15 +59,15 @@ def test_damaged_lines_are_dropped(tmp_path: Path, damage: str) -> None:
 
 
 def test_values_of_other_types_are_dropped_and_counted(tmp_path: Path) -> None:
-    good = {"step": 1, "kind": "train", "loss": 2.0, "tokens": 5}
+    good = {"step": 1, "kind": "train", "loss": 2.0, "tokens": 5, "text": 1.5}
     wrong: dict[str, object] = {"visual": "2.0", "mfu": None, "wait": [1], "seconds": float("nan"), "frames": -1}
     lines = [
-        json.dumps({**good, **wrong, "text": 4}),
+        json.dumps({**good, **wrong, "picture_psnr": "x"}),
         json.dumps({"step": 10**30, "kind": "train"}),
         json.dumps({"step": True, "kind": "train"}),
         json.dumps({"step": -1, "kind": "train"}),
         json.dumps({"step": 1, "kind": ["train"]}),
-        json.dumps({"step": 1, "kind": "train", "loss": 10**400}),
+        json.dumps({"step": 1, "kind": "train", "text": "a text"}),
         "[" * 10_000,
         "9" * 10_000,
         json.dumps({"step": 2, "kind": "train", "loss": float("inf"), "grad_norm": float("nan")}),
