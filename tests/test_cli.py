@@ -58,6 +58,21 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["tokenize", "demo-tiny", "--views", "0"], "views must be at least 1"),
         (["pretrain", "demo-tiny", "--tokens", "nowhere"], "holds no tokens"),
         (["tokenize", "demo-tiny", "--vision", "nowhere"], "no folder nowhere"),
+        (["tokenize", "demo-tiny", "--out", "run\udcff"], "is not UTF-8"),
+        (["tokenize", "data\udcff", "--out", "tokens"], "neither a recipe nor a data set"),
+        (["tokenize", "demo-tiny", "--fps", "inf"], "fps"),
+        (["pretrain", "demo-tiny", "--out", "run\udcff"], "is not UTF-8"),
+        (["pretrain", "demo-tiny", "--out", __file__], "is not a folder"),
+        (["tokenizer-train", "demo-tiny", "--out", __file__], "is not a folder"),
+        (["scaling", "demo-tiny", "--out", __file__], "is not a folder"),
+        (["report", "run\udcff"], "is not UTF-8"),
+        (["report", ".", "--out", "."], "is a folder; name a file"),
+        (["pretrain", "demo-tiny", "--train.steps", "100000000"], "steps must be below"),
+        (["pretrain", "demo-tiny", "--train.weight-decay", "inf"], "weight_decay must be finite"),
+        (["pretrain", "demo-tiny", "--tokens", "a", "--dry-run", "0"], "--dry-run takes a number of processes"),
+        (["pretrain", "demo-tiny", "--tokens", "a", "--dry-run", "-1"], "--dry-run takes a number of processes"),
+        (["pretrain", "demo-tiny", "--tokens", "a", "--dry-run", "b"], "--dry-run takes a number of processes"),
+        (["pretrain", "demo-tiny", "--dry-run=0"], "--dry-run takes a number of processes"),
     ],
 )
 def test_user_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +81,22 @@ def test_user_errors_are_one_line(arguments: list[str], message: str, capsys: py
     assert message in error
     assert "\n" not in error
     assert "Traceback" not in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "demo-tiny"]])
+def test_a_full_output_is_named(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "emulus", *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "emulus: No space left on device: standard output, or another open file\n"
+
+
+def test_dry_runs_of_any_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--dry-run"], ["--dry-run", "2"], ["--dry-run=2"], ["--dry-run", "--train.steps", "3"]):
+        assert main(["pretrain", "demo-tiny", *words, "--tokens", str(tmp_path / "none")]) == 0
+        assert f"{tmp_path / 'none'}: not there yet" in capsys.readouterr().out
 
 
 def test_draw_describe_animate_continue(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,17 @@ from safetensors.torch import save_file
 
 from emulus.data.tokenize import _TEMPORARY
 from emulus.errors import EmulusError
-from emulus.files import COMPLETE, new_folder, write_file, write_text
+from emulus.files import (
+    COMPLETE,
+    LOCK,
+    check_not_running,
+    check_out,
+    check_path,
+    new_folder,
+    only_run,
+    write_file,
+    write_text,
+)
 
 
 def test_every_writer_makes_files_that_others_may_read(tmp_path: Path) -> None:
@@ -96,3 +108,57 @@ def test_temporary_names_are_those_that_are_cleaned_up(tmp_path: Path) -> None:
         seen.append(temporary.name)
     assert all(_TEMPORARY.fullmatch(name) for name in seen)
     assert fnmatch.fnmatch(seen[1], ".step-*.tmp")
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    folder = tmp_path / "a/run"
+    check_not_running(folder)
+    assert not folder.exists()
+    with only_run(folder):
+        for second in (only_run(folder).__enter__, lambda: check_not_running(folder)):
+            with pytest.raises(EmulusError, match=rf"another run is writing to {folder}; wait until it has ended, or"):
+                second()
+        with only_run(tmp_path / "other"):
+            pass
+    # An old lock file alone holds nothing.
+    assert (folder / LOCK).exists()
+    check_not_running(folder)
+    with only_run(folder):
+        pass
+
+
+def test_without_locks_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("emulus.files.fcntl.flock", flock)
+    with only_run(tmp_path), only_run(tmp_path):
+        assert "cannot be locked here" in caplog.text
+
+
+def test_folders_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("link").symlink_to("data")
+    Path("file").write_text("")
+    check_out(Path("data/tokens"), source=Path("data"))
+    check_out(Path("data"), source="", model=None, vocabulary="hub/name")
+    for out, says in [
+        ("data", "--out data is the source, which is read; choose another --out"),
+        ("link", "--out link is the source"),
+        ("data/../data/", "is the source"),
+        (str(tmp_path / "data"), "is the source"),
+        ("file", "file is a file; choose a folder"),
+        ("file/a/b", "file is not a folder, so file/a/b cannot be written"),
+        ("x" * 300, "too long to be written"),
+        ("a/" + "x" * 300 + "/b", "too long to be written"),
+        ("a\udcff", "is not UTF-8"),
+        ("a\0b", "holds a zero byte"),
+        ("/proc/emulus/x", "cannot be written"),
+    ]:
+        with pytest.raises(EmulusError, match=says):
+            check_out(Path(out), source=Path("data"))
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "file", "link"}
+    check_path("caf\u00e9", "a name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import PIL.Image
@@ -108,6 +109,24 @@ def test_figures_that_are_not_finite_do_not_hurt(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report([str(tmp_path)])
     assert "no figures yet" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_figures_are_left_out_and_counted(run: Path, seed: int) -> None:
+    """Any value in place of any other."""
+    draw = random.Random(seed)
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    values = ["x", "", None, True, -1, 2**62, 10**30, 1e308, -1e308, float("nan"), float("inf"), [], {}, [[1]]]
+    for line in lines:
+        if draw.random() < 0.5:
+            line[draw.choice(list(line))] = draw.choice(values)
+    lines += [{"step": number, "kind": "train", "loss": 1e20} for number in (2**62, 2**62 + 1)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    (run / "config.yaml").write_text("size: {a: [1]}\nrow_tokens: 1\ntrain: {steps: x}\ncontext: " + "9" * 400)
+    report([str(run)])
+    page = (run / "report.html").read_text()
+    assert "single values of metrics.jsonl were left out" in page
 
 
 def test_other_folders_are_refused(run: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from emulus.data.loader import (
     held_out,
     lengths_of,
 )
-from emulus.data.mixture import Mixture, Part, parse_part
+from emulus.data.mixture import Longest, Mixture, Part, parse_part
 from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, shard_name, write_shard
 from emulus.data.source import even
 from emulus.errors import EmulusError
@@ -424,6 +424,49 @@ def test_parts_are_read() -> None:
     assert parse_part("/a=b/c:d/e:text=2") == Part(folder=Path("/a=b/c:d/e"), kind="text", weight=2)
     assert parse_part("a:video").name == "a:video"
     assert parse_part("a:all=1").name == "a"
+    assert parse_part("date=2024-01/tokens") == Part(folder=Path("date=2024-01/tokens"))
+
+
+def test_a_path_that_exists_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("lr=0.1-tokens", "date=2024-01/tokens", "t:v2", "mine=2", "mine", "a:image", "b:text=3", "c=much")
+    for name in names:
+        Path(name).mkdir(parents=True)
+        assert parse_part(name) == Part(folder=Path(name))
+        assert parse_part(f"{name}=0.5") == Part(folder=Path(name), weight=0.5)
+        assert parse_part(f"{name}:video=0.5") == Part(folder=Path(name), kind="video", weight=0.5)
+        assert parse_part(f"{name}:image") == Part(folder=Path(name), kind="image")
+        assert parse_part(str(tmp_path / name)).folder == tmp_path / name
+    assert parse_part("mine=2.0") == Part(folder=Path("mine"), weight=2)
+    for text, says in [
+        ("no=way", "there is no folder 'no=way', and 'way' is not a weight"),
+        ("no:v2", "there is no folder 'no:v2', and no records of kind 'v2'"),
+        ("no:v2=1", "there is no folder 'no:v2', and no records of kind 'v2'"),
+        ("", "without a name"),
+        ("no\udcff", "is not UTF-8"),
+    ]:
+        with pytest.raises(EmulusError, match=says):
+            parse_part(text)
+    for text, says in [("no=2", "neither 'no=2' nor 'no' is a folder"), ("no:text", "neither 'no:text' nor 'no'")]:
+        with pytest.raises(EmulusError, match=says):
+            Mixture.open([text])
+
+
+@pytest.mark.parametrize(
+    ("longest", "says", "not_said"),
+    [
+        (Longest(4529, "x", "image", 4500), "4500 of them are words: shorten those, or leave such", "--size"),
+        (Longest(4529, "x", "image", 20), "a smaller --size (or --area), or leave such", "words"),
+        (Longest(4529, "x", "video", 20), "or fewer --max-frames, or leave such", "words"),
+        (Longest(600, "x", "image", 300), "shorten its 300 ids of words and tokenize at a smaller --size", "frames"),
+        (Longest(4529, "x", "text", 4527), "--max-text-ids 510, or leave such", "--size"),
+    ],
+)
+def test_remedies_for_long_documents_name_what_is_long(longest: Longest, says: str, not_said: str) -> None:
+    text = longest.remedy(512)
+    assert says in text
+    assert not_said not in text
+    assert text.endswith("items out with emulus tokenize --max-ids 512")
 
 
 @pytest.mark.parametrize(

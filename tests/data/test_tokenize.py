@@ -283,6 +283,32 @@ def test_what_does_not_fit_together(config: TokenizeConfig, published: Path, mod
             dataclasses.replace(mine, **changes)
 
 
+def test_folders_that_are_read_are_not_written_to(
+    config: TokenizeConfig, model: Path, texts: Path, tmp_path: Path
+) -> None:
+    data = config.sources[0]
+    inside = dataclasses.replace(config, sources=(data,), out=data / "../few-tokens")
+    before = {path: sorted(path.rglob("*")) for path in (data, model, texts)}
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    for changes, says in [
+        ({"out": data}, "is the source"),
+        ({"out": model}, "is the vision tokenizer"),
+        ({"out": link}, "is the vision tokenizer"),
+        ({"out": model, "vision": None, "vocabulary": str(model)}, "is the vocabulary"),
+        ({"out": model, "vision": model / "vision"}, "is not a tokens folder"),
+        ({"out": texts, "sources": (texts / "*.jsonl",)}, "looks for files"),
+        ({"out": texts, "sources": (texts,)}, "is the source"),
+        ({"sources": (Path("data\udcff"),)}, "is not UTF-8"),
+    ]:
+        with pytest.raises(EmulusError, match=says):
+            tokenize(dataclasses.replace(inside, **changes))  # type: ignore[arg-type]
+    assert {path: sorted(path.rglob("*")) for path in before} == before
+    with only_run(tmp_path / "taken"), pytest.raises(EmulusError, match="another run is writing to"):
+        # Before anything is opened.
+        tokenize(dataclasses.replace(config, out=tmp_path / "taken", sources=(tmp_path / "none",)))
+
+
 def test_finished_is_not_done_again(config: TokenizeConfig) -> None:
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
     assert tokenize(dataclasses.replace(config, batch=7, workers=3)) == config.out

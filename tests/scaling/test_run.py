@@ -15,7 +15,7 @@ from benchmarks.emoji import small_tokens
 from emulus.cli import main
 from emulus.config import to_dict, write_yaml
 from emulus.errors import EmulusError
-from emulus.files import write_json
+from emulus.files import only_run, write_json
 from emulus.model.config import sized
 from emulus.scaling.fit import Law
 from emulus.scaling.ladder import Planned, ScalingConfig
@@ -237,3 +237,28 @@ def test_a_damaged_config_is_told(config: ScalingConfig) -> None:
     write_json(planned.config.out / "config.yaml", [to_dict(planned.config)])
     with pytest.raises(EmulusError, match="was trained with another"):
         measured(planned, HELD)
+
+
+def test_a_ladder_belongs_to_one_process(config: ScalingConfig, tokens: Path) -> None:
+    with only_run(config.out), pytest.raises(EmulusError, match="another run is writing to"):
+        run_scaling(config)
+    with pytest.raises(EmulusError, match="is the tokens folder"):
+        run_scaling(dataclasses.replace(config, out=tokens))
+
+
+@pytest.mark.parametrize("value", ["x", float("nan"), None, [1.0]])
+def test_damaged_figures_of_a_finished_run_are_not_fitted(config: ScalingConfig, value: object) -> None:
+    planned = plan(config)[0]
+    run = planned.config.out
+    run.mkdir(parents=True)
+    steps = planned.config.train.steps
+    lines = [
+        {"step": steps, "kind": "train", "tokens": 9},
+        {"step": steps, "kind": "evaluation", "visual_bits": value, "other_bits": 1.0},
+    ]
+    (run / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if value == value and not isinstance(value, float):
+        assert measured(planned, HELD) is None
+    else:
+        with pytest.raises(EmulusError, match="no finite losses"):
+            measured(planned, HELD)

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,40 @@ def test_damaged_lines_are_dropped(tmp_path: Path, damage: str) -> None:
     text = "\n".join([json.dumps(good[0]), damage, json.dumps(good[1])])
     (tmp_path / METRICS_FILE).write_text(text)
     assert read_metrics(tmp_path) == good
+
+
+def test_values_of_other_types_are_dropped_and_counted(tmp_path: Path) -> None:
+    good = {"step": 1, "kind": "train", "loss": 2.0, "tokens": 5, "text": 1.5}
+    wrong: dict[str, object] = {"visual": "2.0", "mfu": None, "wait": [1], "seconds": float("nan"), "frames": -1}
+    lines = [
+        json.dumps({**good, **wrong, "picture_psnr": "x"}),
+        json.dumps({"step": 10**30, "kind": "train"}),
+        json.dumps({"step": True, "kind": "train"}),
+        json.dumps({"step": -1, "kind": "train"}),
+        json.dumps({"step": 1, "kind": ["train"]}),
+        json.dumps({"step": 1, "kind": "train", "text": "a text"}),
+        "[" * 10_000,
+        "9" * 10_000,
+        json.dumps({"step": 2, "kind": "train", "loss": float("inf"), "grad_norm": float("nan")}),
+        json.dumps({"step": 2, "kind": "note", "text": "a" * 2**20}),
+        json.dumps({"step": 2, "kind": "note", "text": "b"}),
+    ]
+    (tmp_path / METRICS_FILE).write_text("\n".join(lines))
+    damage = Counter[str]()
+    first, second, third, note = read_metrics(tmp_path, damage)
+    assert first == good
+    assert second == {"step": 1, "kind": "train"}
+    assert (third["loss"], note["text"]) == (float("inf"), "b")
+    assert damage == {"values": 7, "lines": 8}
+    # A resumed run keeps what is sound.
+    MetricsLog(tmp_path, resumed_at=1)
+    assert [line["kind"] for line in read_metrics(tmp_path)] == ["train", "train", "restart"]
+
+
+def test_a_folder_in_its_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).mkdir()
+    with pytest.raises(EmulusError, match=r"metrics\.jsonl is not a file"):
+        read_metrics(tmp_path)
 
 
 def test_step_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

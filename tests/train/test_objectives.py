@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,22 @@ def test_other_data_is_not_gone_on_with(vision_config: TokenizerTrainConfig, sha
     (other / "captions.jsonl").write_text("\n".join(rows[2:]))
     with pytest.raises(EmulusError, match="trained on other data"):
         train_tokenizer(dataclasses.replace(config, data=other))
+
+
+def test_media_that_changed_since_a_run_began_are_told(
+    vision_config: TokenizerTrainConfig, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = shutil.copytree(shapes, tmp_path / "data")
+    config = dataclasses.replace(
+        vision_config, data=data, out=tmp_path / "run", train=dataclasses.replace(QUICK, steps=1, evaluate_every=0)
+    )
+    train_tokenizer(config)
+    logging.getLogger("emulus").propagate = True
+    train_tokenizer(config)
+    assert "media were changed" not in caplog.text
+    PIL.Image.new("RGB", (16, 16), "purple").save(data / "0.png")
+    train_tokenizer(config)
+    assert "the media were changed, touched or copied since this run began" in caplog.text
 
 
 def test_a_changed_setting_is_told(

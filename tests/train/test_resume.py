@@ -1,4 +1,4 @@
-"""What a run may and may not go on with: changed settings, damaged checkpoints, folders that are taken."""
+"""What a run may go on with: settings that changed, checkpoints that are damaged, folders that are taken."""
 
 from __future__ import annotations
 

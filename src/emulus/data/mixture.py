@@ -10,7 +10,8 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -78,14 +79,13 @@ def parse_part(text: str) -> Part:
     check_path(text, "a tokens folder")
     if not text:
         raise EmulusError("a tokens folder without a name; write FOLDER, FOLDER:KIND or FOLDER:KIND=0.7")
-    if _exists(text):
-        return Part(folder=Path(text))
+    there = next((part for part in _readings(text) if _exists(part.folder)), None)
+    if there is not None:
+        return there
     folder, weight = text, None
     before, equals, number = text.rpartition("=")
     if equals and not _has_separator(number):
         folder, weight = before, _weight(text, number)
-    if weight is not None and folder and _exists(folder):
-        return Part(folder=Path(folder), weight=weight)
     path, colon, kind = folder.rpartition(":")
     if not colon or _has_separator(kind):
         path, kind = folder, "all"
@@ -97,6 +97,21 @@ def parse_part(text: str) -> Part:
     if not path:
         raise EmulusError(f"{shown(text)} names no folder; write FOLDER, FOLDER:KIND or FOLDER:KIND=0.7")
     return Part(folder=Path(path), kind=kind, weight=weight)
+
+
+def _readings(text: str) -> Iterator[Part]:
+    """All that a text can mean, the least of which is read into it first."""
+    yield Part(folder=Path(text))
+    before, _, number = text.rpartition("=")
+    weighted: list[tuple[str, float | None]] = [(text, None)]
+    with suppress(EmulusError):
+        weighted.insert(0, (before, _weight(text, number)))
+    for folder, weight in weighted:
+        if folder and weight is not None:
+            yield Part(folder=Path(folder), weight=weight)
+        path, _, kind = folder.rpartition(":")
+        if path and kind in PART_KINDS:
+            yield Part(folder=Path(path), kind=kind, weight=weight)
 
 
 def _weight(text: str, number: str) -> float:
@@ -116,9 +131,9 @@ def _has_separator(text: str) -> bool:
     return "/" in text or "\\" in text
 
 
-def _exists(text: str) -> bool:
+def _exists(path: Path) -> bool:
     try:
-        return Path(text).exists()
+        return path.exists()
     except OSError:  # a name that is too long
         return False
 

@@ -152,7 +152,7 @@ def _curves(lines: Lines) -> list[Section]:
 
 def _evaluations(lines: Lines) -> Section:
     found = [line for line in lines if line["kind"] == "evaluation"]
-    names = sorted({name for line in found for name in line} - {"step", "kind", "text"})
+    names = sorted({name for line in found for name in line} - {"step", "kind"})
     rows = tuple(
         (f"{line['step']:,}", *(f"{line[name]:.4g}" if name in line else "" for name in names)) for line in found
     )

@@ -143,7 +143,7 @@ def _parse_line(text: bytes, damage: Counter[str]) -> dict[str, Any] | None:
     for name, value in values.items():
         if name in line:
             continue
-        if _is_figure(name, value):
+        if isinstance(value, str) if (line["kind"], name) == ("note", "text") else _is_figure(name, value):
             line[name] = value
         else:
             damage["values"] += 1
@@ -151,8 +151,6 @@ def _parse_line(text: bytes, damage: Counter[str]) -> dict[str, Any] | None:
 
 
 def _is_figure(name: str, value: object) -> bool:
-    if name == "text":
-        return isinstance(value, str)
     if type(value) is not float and not (type(value) is int and abs(value) < MAX_INTEGER):
         return False
     if name in _COUNTS:
