@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from emulus.engine import Engine, Jacobi, Request, Row, Schedule, Sequential, Token, Zipar
 from emulus.engine.pace import Pace
+from emulus.engine.scheduler import Scheduler
 from emulus.engine.walk import Walk
 from emulus.errors import EmulusError
 from emulus.sampling import SamplingParams
@@ -224,20 +226,34 @@ def test_one_slow_trial_does_not_move_the_window() -> None:
 @settings(deadline=None, max_examples=20)
 @given(
     width=st.integers(1, 12),
-    window=st.integers(2, 6),
+    windows=st.lists(st.integers(1, 8), min_size=1, max_size=4),
     top_k=st.integers(1, 3),
     temperature=st.sampled_from([0.3, 1.0]),
     seed=st.integers(0, 100),
 )
-def test_guesses_are_kept_in_their_places(width: int, window: int, top_k: int, temperature: float, seed: int) -> None:
-    """As many steps as the algorithm takes when it is played with the ids known."""
+@example(width=12, windows=[8, 2], top_k=2, temperature=1.0, seed=0)
+@example(width=12, windows=[6, 3, 1], top_k=1, temperature=1.0, seed=1)
+def test_guesses_are_kept_in_their_places(
+    width: int, windows: list[int], top_k: int, temperature: float, seed: int
+) -> None:
+    """As many steps as the algorithm takes when it is played by hand, though the window changes on the way."""
+
+    class Scripted(Pace):
+        _turns = itertools.cycle(windows)
+
+        def window(self) -> int:
+            return next(self._turns)
+
     request = drawing(1, width, guided=False, top_k=top_k, temperature=temperature, seed=seed)
-    engine = Engine(DECODER, GRAMMAR, schedule=Jacobi(window=window))
-    (result,) = engine.generate([request])
-    assert engine.counts.forwards == jacobi_steps(request, list(result.ids[:width]), window)
+    scheduler = Scheduler(SEQUENTIAL.runner, GRAMMAR, Jacobi(), most_running=1, pace=Scripted())
+    scheduler.submit(request)
+    ids = []
+    while scheduler.busy:
+        ids += [event.id for event in scheduler.step() if isinstance(event, Token)]
+    assert scheduler.counts.forwards == jacobi_steps(request, ids[:width], windows)
 
 
-def jacobi_steps(request: Request, right: list[int], window: int) -> int:
+def jacobi_steps(request: Request, right: list[int], windows: Sequence[int]) -> int:
     """Steps that it takes to find these cells of a picture of one row, each after whatever is guessed before it."""
 
     def chosen_after(before: list[int]) -> int:
@@ -247,8 +263,8 @@ def jacobi_steps(request: Request, right: list[int], window: int) -> int:
     steps, done = 0, 0
     guesses: dict[int, int] = {}
     while done < len(right):
+        places = range(done, min(done + windows[steps % len(windows)], len(right)))
         steps += 1
-        places = range(done, min(done + window, len(right)))
         for place in places[:-1]:
             # The cell to the left, as far as it is known or guessed; the first code where there is none.
             left = right[done - 1] if place == done else guesses[place - 1]
@@ -269,7 +285,12 @@ def test_cells_are_guessed_from_the_frame_before_then_from_above_then_from_the_l
         list(walk.take(id))
     # Known are two cells of the first row; its third is guessed as the second, and so on from there.
     assert walk.nearby([], 4) == [start + 6, start + 5, start + 6, start + 6]
-    assert walk.nearby([start + 9], 5) == [start + 5, start + 6, start + 9, start + 5, start + 6]
+    assert walk.nearby([start + 9], 3) == [start + 5, start + 6, start + 9]
+    for id in [start + 7, start + 1, start + 2, start + 3]:
+        list(walk.take(id))
+        list(walk.run_forced())
+    assert walk.nearby([], 4) == [start + 5, start + 6, start + 7, start + 1]
+    assert walk.nearby([start + 9], 2) == [start + 6, start + 7]
 
 
 EMU3_5 = Grammar(GRAMMAR.vocabulary, GRAMMAR.text, SequenceLayout.emu3_5())

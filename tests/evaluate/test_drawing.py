@@ -241,6 +241,11 @@ def test_everything_is_measured_and_told(
     again = drawing_figures(model, held_out, known, items, dual, counts, seed=1)
     assert again is not None
     assert again[0] == figures
+    other = drawing_figures(model, held_out, known, items, dual, dataclasses.replace(counts, frechet=False), seed=2)
+    assert other is not None
+    for kind, depends in {"real": False, "reconstructed": False, "drawn": True, "bigram": True}.items():
+        pair = [each.frechet[-1].to_real[kind] for each in (figures, other[0])]
+        assert (pair[0] != pair[1]) == depends, kind
 
 
 def test_the_first_tries_stand_beside_the_best(

@@ -187,6 +187,23 @@ def test_every_question_is_answered_by_its_own_settings(
     assert choose(logits, questions).tolist() == [step_by_step(table, question) for question in questions]
 
 
+def test_answers_are_handed_out_in_the_order_of_the_questions() -> None:
+    """Kinds 0 1 2 0 2: put together by kind, no answer stands where its question did."""
+    table = random_logits(5, 40)
+
+    def logits(rows: list[int], ranges: Ranges) -> Tensor:
+        return torch.cat([table[rows, start:stop] for start, stop in ranges], -1)
+
+    kinds = [((0, 8),), ((8, 16),), ((16, 24),)]
+    questions = [
+        Question(ranges=kinds[kind], params=SamplingParams(seed=row), position=row, cond=row)
+        for row, kind in enumerate([0, 1, 2, 0, 2])
+    ]
+    answers = choose(logits, questions).tolist()
+    assert answers == [step_by_step(table, question) for question in questions]
+    assert [answer // 8 for answer in answers] == [0, 1, 2, 0, 2]
+
+
 def step_by_step(table: Tensor, question: Question) -> int:
     params = question.params
     ids = [id for start, stop in question.ranges for id in range(start, stop)]
