@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emulus.errors import MAX_MESSAGE, EmulusError
+from emulus.errors import EmulusError, one_line
 from emulus.log import logger
 from scripts.fuzz_kinds import KINDS, Kind
 from scripts.fuzz_mutations import damaged
@@ -116,7 +116,7 @@ def attempt(
 
 def is_clear(line: str) -> bool:
     """Whether a message is one line of bounded length that a terminal shows as it is."""
-    return len(line.splitlines()) == 1 and line.isprintable() and len(line) <= MAX_MESSAGE
+    return len(line.splitlines()) == 1 and line == one_line(line)
 
 
 def _finding(

@@ -52,20 +52,20 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["info", "nowhere/at/all"], "no folder nowhere/at/all"),
         (["info", "emojy"], "'emojy' is neither a folder nor a recipe"),
         (["generate"], "needs a prompt"),
-        (["info", __file__], "is a file"),
+        (["info", __file__], "is no data set"),
         (["pretrain", "demo-tiny", "--config", "."], "cannot be read"),
         (["pretrain", "demo-tiny", "--train.steps", "0"], "steps must be at least 1"),
         (["tokenize", "demo-tiny", "--views", "0"], "views must be at least 1"),
         (["pretrain", "demo-tiny", "--tokens", "nowhere"], "holds no tokens"),
         (["tokenize", "demo-tiny", "--vision", "nowhere"], "no folder nowhere"),
-        (["tokenize", "demo-tiny", "--out", "run\udcff"], "is not UTF-8"),
-        (["tokenize", "data\udcff", "--out", "tokens"], "neither a recipe nor a data set"),
+        (["tokenize", "demo-tiny", "--out", "run\udcff"], "is not valid UTF-8"),
+        (["tokenize", "data\udcff", "--out", "tokens"], "is not valid UTF-8"),
         (["tokenize", "demo-tiny", "--fps", "inf"], "fps"),
-        (["pretrain", "demo-tiny", "--out", "run\udcff"], "is not UTF-8"),
+        (["pretrain", "demo-tiny", "--out", "run\udcff"], "is not valid UTF-8"),
         (["pretrain", "demo-tiny", "--out", __file__], "is not a folder"),
         (["tokenizer-train", "demo-tiny", "--out", __file__], "is not a folder"),
         (["scaling", "demo-tiny", "--out", __file__], "is not a folder"),
-        (["report", "run\udcff"], "is not UTF-8"),
+        (["report", "run\udcff"], "is not valid UTF-8"),
         (["report", ".", "--out", "."], "is a folder; name a file"),
         (["pretrain", "demo-tiny", "--train.steps", "100000000"], "steps must be below"),
         (["pretrain", "demo-tiny", "--train.weight-decay", "inf"], "weight_decay must be finite"),
@@ -90,7 +90,10 @@ def test_a_full_output_is_named(arguments: list[str]) -> None:
         command = [sys.executable, "-m", "emulus", *arguments]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "emulus: No space left on device: standard output, or another open file\n"
+    assert (
+        result.stderr
+        == "emulus: could not write to standard output (No space left on device); free some space, or redirect it\n"
+    )
 
 
 def test_dry_runs_of_any_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

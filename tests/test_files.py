@@ -150,7 +150,7 @@ def test_folders_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("link", "--out link is the source"),
         ("data/../data/", "is the source"),
         (str(tmp_path / "data"), "is the source"),
-        ("file", "file is a file; choose a folder"),
+        ("file", "file is not a folder; choose another place"),
         ("file/a/b", "file is not a folder, so file/a/b cannot be written"),
         ("x" * 300, "too long to be written"),
         ("a/" + "x" * 300 + "/b", "too long to be written"),

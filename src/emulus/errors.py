@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 
 MAX_MESSAGE = 900
@@ -16,10 +17,11 @@ MAX_MESSAGE = 900
 MAX_SHOWN = 100
 """Letters of a value from outside that a message repeats."""
 
-# Besides line breaks and terminal controls: halves of characters, which cannot be printed, and marks that turn the
-# direction of all text behind them.
 _BREAKS = re.compile(r" *[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+[ \t]*")
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Unicode's "other" characters: controls, halves of characters, marks that turn the direction of all text behind them,
+# and what is not seen at all. The joiners that emoji and some scripts are written with stay.
+_OTHER = ("Cc", "Cf", "Cs", "Cn", "Co")
+_JOINERS = "\u200c\u200d"
 
 
 class EmulusError(Exception):
@@ -51,7 +53,13 @@ def one_line(text: str, most: int = MAX_MESSAGE) -> str:
     """
     # Cut before it is cleaned as well: a text may have megabytes.
     text = _BREAKS.sub(" ", _cut(text, 4 * most))
-    return _cut(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text).strip(), most)
+    if not text.isprintable():
+        text = "".join(repr(letter)[1:-1] if _is_hidden(letter) else letter for letter in text)
+    return _cut(text.strip(), most)
+
+
+def _is_hidden(letter: str) -> bool:
+    return not letter.isprintable() and letter not in _JOINERS and unicodedata.category(letter) in _OTHER
 
 
 def _cut(text: str, most: int) -> str:

@@ -338,7 +338,7 @@ def _check_free(path: Path, kind: Literal["file", "folder"]) -> None:
         above = path
     else:
         if path.exists() and (kind == "folder" or not path.is_file()):
-            what = "a file; choose a folder" if path.is_file() else "not a plain file; choose another name"
+            what = "not a folder; choose another place" if kind == "folder" else "not a plain file; choose another name"
             raise EmulusError(f"{path} is {what}")
         above = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
     if not above.is_dir():

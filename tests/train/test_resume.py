@@ -278,7 +278,7 @@ def test_folders_that_cannot_be_are_refused_at_once(
     for changes, says in [
         ({"out": file}, "is not a folder"),
         ({"out": file / "run"}, "is not a folder, so"),
-        ({"out": tmp_path / ("x" * 300) / "run"}, "File name too long"),
+        ({"out": tmp_path / ("x" * 300) / "run"}, "too long to be written"),
         ({"out": Path(os.fsdecode(b"run\xff"))}, "is not UTF-8"),
         ({"out": tokens}, "is the tokens folder"),
         ({"out": model}, "holds a model"),

@@ -11,7 +11,7 @@ from emulus.errors import EmulusError
 from emulus.sampling.params import SamplingParams
 from emulus.sequence.document import MediaSize
 
-_MAY = ("text", "image", "video", "action")
+_MAY = ("text", "image", "video", "action", "special")
 
 
 @dataclass(frozen=True, kw_only=True)
