@@ -232,6 +232,7 @@ def test_everything_is_measured_and_told(
     for each in figures.frechet:
         assert each.count == 4
         assert each.to_reconstructed["reconstructed"] < each.to_reconstructed["real"]
+        assert each.to_real["real"] > 1e-6, "the pictures that are drawn are not those compared with"
     assert len(figures.neighbours.closeness) == 2
     assert figures.diversity is not None
     assert figures.diversity.same > 0
