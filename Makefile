@@ -8,8 +8,9 @@ BIN := .venv/bin
 demo: .venv/.demo
 	$(BIN)/emulus demo
 
+# Each test process has one thread: several that share CPUs would wait for one another.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: .venv/.dev
 	$(BIN)/ruff check .

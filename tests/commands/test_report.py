@@ -123,7 +123,7 @@ def test_damaged_figures_are_left_out_and_counted(run: Path, seed: int) -> None:
             line[draw.choice(list(line))] = draw.choice(values)
     lines += [{"step": number, "kind": "train", "loss": 1e20} for number in (2**62, 2**62 + 1)]
     path.write_text("\n".join(map(json.dumps, lines)))
-    (run / "config.yaml").write_text("size: {a: [1]}\nrow_tokens: 1\ntrain: {steps: x}\ncontext: " + "9" * 400)
+    (run / "config.yaml").write_text("size: {a: [1]}\nrow_tokens: 1\ntrain: {steps: x}\ncontext: " + "9" * 30)
     report([str(run)])
     page = (run / "report.html").read_text()
     assert "single values of metrics.jsonl were left out" in page

@@ -293,7 +293,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
             open_source(path)
 
 
-def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("CRITICAL", "emulus")  # reports of parallel test processes must be UTF-8
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     lay(folder, {os.fsdecode(b"\xff.png"): PICTURE, os.fsdecode(b"\xff.txt"): "a dot", "b.png": PICTURE})
     source = open_source(folder)
