@@ -88,7 +88,7 @@ def test_exact_in_any_pieces(n: int, v: int, d: int, tokens: int, rows: int, blo
 def test_float32(scale: float) -> None:
     ours = case(70, 9000, 16, torch.float32, scale=scale)
     theirs = ours.again()
-    assert_same(ours, linear_cross_entropy(*ours), theirs, plain(theirs), 2e-6)
+    assert_same(ours, linear_cross_entropy(*ours), theirs, plain(theirs), 5e-6)
 
 
 def test_autocast_is_as_near_to_the_truth_as_the_plain_loss() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -142,6 +145,20 @@ def test_products_without_packing(dtype: torch.dtype, monkeypatch: pytest.Monkey
     torch.testing.assert_close(bands.Product(weight, 70)(x), packed, atol=1e-4, rtol=0.01)
     expected = torch.einsum("ngc,gkc->ngk", x.to(dtype).float(), weight.float())
     torch.testing.assert_close(packed.float(), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=0.01)
+
+
+def test_bfloat16_works_where_onednn_does_not_have_it() -> None:
+    """As on processors without AVX-512; oneDNN reads the variable once, so in a process of its own."""
+    code = (
+        "import torch; from emulus.tokenizer.vision import bands\n"
+        "weight, x = torch.randn(3, 40, 64).bfloat16(), torch.randn(70, 3, 64)\n"
+        "found = bands.Product(weight, 70)(x).float()\n"
+        "expected = torch.einsum('ngc,gkc->ngk', x.bfloat16().float(), weight.float())\n"
+        "torch.testing.assert_close(found, expected, atol=0.1, rtol=0.01)"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @settings(max_examples=6, deadline=None)

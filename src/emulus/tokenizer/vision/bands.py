@@ -155,7 +155,7 @@ class Product:
         self.weight = weight
         self.groups, out, width = weight.shape
         self.packed: Tensor | None = None
-        if _HAS_ONEDNN:
+        if _can_pack(weight.dtype):
             flat = weight.reshape(self.groups * out, width, 1, 1)
             size = (1, self.groups * width, 1, places)
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(flat, *_GEOMETRY, self.groups, size)
@@ -179,6 +179,14 @@ _GEOMETRY = ((0, 0), (1, 1), (1, 1))
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise")
 )
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this type here: in bfloat16 only on processors with AVX-512 or newer."""
+    if not _HAS_ONEDNN or dtype != torch.bfloat16:
+        return _HAS_ONEDNN
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 class Pointwise:
