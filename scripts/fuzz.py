@@ -36,8 +36,9 @@ from scripts.fuzz_mutations import damaged
 
 HOME = Path(__file__).parents[1]
 WORKER = (sys.executable, "-m", "scripts.fuzz")
-MOST_MEMORY = 2 * 2**30
-"""Bytes by which the reading of a file of some kilobytes may raise a process's highest memory."""
+MOST_MEMORY = 4 * 2**30
+"""Bytes by which reading one file may raise a process's highest memory: a clip's frames may take 3 GiB
+(``Limits.max_clip_pixels``)."""
 
 
 @dataclass
