@@ -202,6 +202,12 @@ class Emulus(Prompter):
             raise EmulusError("media is empty: give at least one image or clip, as codes")
         wording = self.preset.wording
         documents = [templates.captioned(self.grammar, medium, prompt, wording=wording) for medium in media]
+        longest, context = max(len(ids) for ids, _ in documents), self.decoder.config.max_position_embeddings
+        if longest > context:
+            raise EmulusError(
+                f"an image or clip and its caption take {longest} ids, but the model's longest sequence is {context}; "
+                "give smaller ones, or fewer words"
+            )
         words = [np.arange(len(ids)) >= start for ids, start in documents]
         scores = score(self.decoder, [np.array(ids) for ids, _ in documents], words, what="looking at them")
         return int(np.argmax([each.sum() for each in scores]))

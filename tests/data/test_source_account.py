@@ -20,6 +20,7 @@ from PIL import Image
 
 from emulus.data.item import Missing
 from emulus.data.source import Source, open_source
+from emulus.data.sources.walk import check_holds_no_data
 from emulus.errors import EmulusError
 from emulus.media import Clip, read_media, write_video
 
@@ -456,3 +457,40 @@ def test_many_reasons_are_put_together(tmp_path: Path) -> None:
 def test_parts_of_a_source_keep_the_account(tmp_path: Path) -> None:
     source = open_source(lay(tmp_path, {**PAIR, "b.png": PICTURE}))
     assert source.select(kind="image").left_out == source[:1].left_out == source.left_out != ()
+
+
+def test_an_output_among_ones_own_data_is_refused(tmp_path: Path) -> None:
+    lay(tmp_path / "mixed", {"1.dat": PICTURE, "notes.txt": "x"})
+    lay(tmp_path / "tables", {"a.CSV": "file,caption"})
+    for name, file in (("mixed", "1.dat"), ("tables", "a.CSV")):
+        with pytest.raises(EmulusError, match=rf"{name} holds other files \({file}\); choose a folder that is new"):
+            check_holds_no_data(tmp_path / name)
+    lay(tmp_path / "notes", {"notes.txt": "x", ".hidden.png": PICTURE})
+    lay(tmp_path / "tokens", {"making.json": "{}", "1.png": PICTURE})
+    for name in ("notes", "tokens", "nowhere"):
+        check_holds_no_data(tmp_path / name)
+
+
+def test_a_card_that_names_nothing_is_told(tmp_path: Path) -> None:
+    card = "---\nconfigs:\n- config_name: default\n  data_files: elsewhere/*\n---\n"
+    lay(tmp_path, {"README.md": card, "1.png": PICTURE, "1.txt": "a"})
+    assert any("its configs name no file" in line for line in open_source(tmp_path).account.lines())
+
+
+def test_a_file_stays_in_the_split_that_it_was_put_into_first(tmp_path: Path) -> None:
+    rows = [{"file": "1.png", "caption": words, "split": split} for words, split in (("a", "train"), ("b", "test"))]
+    lay(tmp_path, {"1.png": PICTURE, "captions.jsonl": lines(*rows)})
+    source = open_source(tmp_path)
+    assert [(item.split, item.captions) for item in source] == [("train", ("a",))]
+    assert any("in the split train already" in line for line in source.account.lines())
+
+
+def test_captions_by_the_names_of_files(tmp_path: Path) -> None:
+    lay(tmp_path, {"1.png": PICTURE, "2.png": PICTURE, "captions.json": '{"1.png": "a cat", "2.png": ["b", "c"]}'})
+    assert {item.id: item.captions for item in open_source(tmp_path)} == {"1.png": ("a cat",), "2.png": ("b", "c")}
+
+
+def test_rows_that_are_left_out_do_not_count(tmp_path: Path) -> None:
+    rows = [{"file": f"{name}.png", "caption": "a", "split": "train"} for name in "12"]
+    lay(tmp_path, {"1.png": PICTURE, "captions.jsonl": lines(*rows)})
+    assert open_source(tmp_path).counts() == {"train image": 1}

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from emulus.commands.shipped import MODEL, shipped
 from emulus.config import to_dict
 from emulus.data.source import Source, open_source
 from emulus.data.tokens import SETTINGS, Tokens
@@ -44,7 +45,7 @@ class InfoOptions:
         json: Print JSON.
     """
 
-    path: Annotated[str, tyro.conf.Positional] = "checkpoints/emoji"
+    path: Annotated[str, tyro.conf.Positional] = str(MODEL)
     sizes: bool = False
     check: bool = False
     json: bool = False
@@ -53,6 +54,8 @@ class InfoOptions:
 def info(arguments: Sequence[str]) -> None:
     """``emulus info [PATH | RECIPE] [--json]``."""
     options = parse_flags(InfoOptions, arguments, program="emulus info")
+    if options.path == str(MODEL):
+        options = dataclasses.replace(options, path=str(shipped(MODEL, "a PATH")))
     if options.sizes:
         found: dict[str, Any] = {"sizes": {name: dict(size) for name, size in SIZES.items()}, "recipes": list(RECIPES)}
     elif options.path in RECIPES:

@@ -84,8 +84,9 @@ class Source(Sequence[Item]):
         return Source(self.path, chosen, self.account)
 
     def counts(self) -> dict[str, int]:
-        """Number of items by split and kind, such as ``{"train image": 6408}``."""
-        return dict(sorted(Counter(f"{item.split} {item.kind}" for item in self).items()))
+        """Number of items by split and kind, such as ``{"train image": 6408}``, without rows that are left out."""
+        whole = (item for item in self if not isinstance(item.stored, Missing))
+        return dict(sorted(Counter(f"{item.split} {item.kind}" for item in whole).items()))
 
 
 def open_source(path: Path | str) -> Source:
@@ -147,6 +148,9 @@ def _add(items: dict[str, Item], item: Item, account: Account) -> None:
     if earlier is None:
         items[item.id] = item
     elif item.kind != "text" and isinstance(item.stored, Path) and earlier.stored == item.stored:
+        if item.split != earlier.split:
+            account.leave_out(f"the file is in the split {earlier.split} already", item.id, "row")
+            return
         items[item.id] = replace(
             earlier,
             captions=tuple(dict.fromkeys(earlier.captions + item.captions)),

@@ -31,6 +31,7 @@ from emulus.data.item import KINDS, Item, Kind, Split
 from emulus.data.origin import files_digest, origin_of, see, words_digest
 from emulus.data.records import MANIFEST, ShardLine, add_to_manifest, lengths_path, read_manifest
 from emulus.data.source import even, open_source
+from emulus.data.sources.walk import check_holds_no_data
 from emulus.data.tokenize_config import TokenizeConfig
 from emulus.data.tokens import MAKING, SETTINGS, MadeWith, Tokens, text_digest, vision_digest
 from emulus.data.workers import finished
@@ -354,6 +355,7 @@ def _check_out(config: TokenizeConfig) -> None:
         # What is written must not be found by the pattern next time.
         if (config.out.absolute() / MANIFEST).match(str(source.absolute())):
             raise EmulusError(f"--out {config.out} is where the source {source} looks for files; choose another --out")
+    check_holds_no_data(config.out)
     check_not_running(config.out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -77,6 +78,8 @@ class TokenizeConfig:
             raise EmulusError(f"size and shift are at most {MOST_SIDE:,} pixels, area {MOST_SIDE**2:,}")
         if not self.splits:
             raise EmulusError(f"no split is named; choose from {', '.join(SPLITS)}")
+        if len({os.path.realpath(source) for source in self.sources}) < len(self.sources):
+            raise EmulusError("a source is named twice, which would double its items; name each once")
         if not self.sources:
             raise EmulusError("no source is named; give at least one data set")
         for split in self.splits:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from emulus.codec import as_mapping, decode_fields
 from emulus.config import read_yaml, to_dict, write_yaml
+from emulus.data.sources.walk import check_holds_no_data
 from emulus.device import autocast
 from emulus.errors import EmulusError
 from emulus.files import check_not_running, check_out, only_run, read_json, write_file
@@ -157,6 +158,7 @@ def check_run(run: Path, init: str = "") -> None:
         EmulusError: The folder cannot be used, or the first weights lie in it.
     """
     check_out(run, init=init)
+    check_holds_no_data(run)
     check_not_running(run)
     if init and os.path.exists(init) and run.resolve() in Path(init).resolve().parents:
         raise EmulusError(f"--init {init} lies in --out {run}, which is that run; choose another --out")

@@ -68,7 +68,9 @@ def read_card(root: Path, names: Iterable[str], account: Account) -> Card | None
     names = list(names)
     found = {name: files for name, files in _configs(configs, names) if files}
     if not found:
-        return None  # a part of the data set, or one whose files lie elsewhere
+        # A part of the data set, or one whose files lie elsewhere.
+        account.note("the card is not used: its configs name no file that is here")
+        return None
     chosen = _default(configs, list(found), root)
     if len(found) > 1:
         account.note(

@@ -49,7 +49,8 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """The rows of a ``.json`` file: of an array of objects, of an object of objects by id, or of JSON lines.
+    """The rows of a ``.json`` file: of an array of objects, of an object of objects by id or of captions by
+    file, or of JSON lines.
 
     An array may be larger than memory.
 
@@ -239,10 +240,19 @@ def _object_rows(path: Path) -> Iterator[Row]:
         named = [(f"entry {number + 1}", row) for number, row in enumerate(rows)]
     elif values and all(isinstance(row, Mapping) for row in values.values()):
         named = [(f"entry {name!r}", {"id": name, **row}) for name, row in values.items()]
+    elif values and all(_is_captions(words) for words in values.values()):
+        named = [(f"entry {name!r}", {"file_name": name, "captions": words}) for name, words in values.items()]
     else:
-        raise EmulusError(f"{path} holds no rows; it should be an array of objects")
+        raise EmulusError(
+            f"{path} holds no rows; it should be an array of objects, or an object of captions by the names of files"
+        )
     for number, (name, row) in enumerate(named):
         yield _row_of(row, path, b"", None, f"{path} {name}", number)
+
+
+def _is_captions(words: Any) -> bool:
+    """Whether these are the captions of a file: ``{"1.png": "a cat", "2.png": ["a dog", "a brown dog"]}``."""
+    return isinstance(words, str) or (isinstance(words, list) and all(isinstance(each, str) for each in words))
 
 
 def _coco(values: Mapping[str, Any], path: Path) -> list[Any]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from emulus.data.sources.account import Account
-from emulus.errors import EmulusError
+from emulus.errors import EmulusError, shown
+from emulus.media import media_type
 
 _NOT_DATA_FOLDERS = frozenset({"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information"})
 _NOT_DATA_FILES = frozenset(
@@ -22,6 +23,8 @@ _ABOUT = re.compile(
     r"|(dataset_infos?|dataset_dict|state)\.json",
     re.IGNORECASE,
 )
+_DATA_SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".tar", ".arrow")
+_MOST_LOOKED_AT = 1000
 _HIDDEN = "hidden, or made by the system"
 _OWN = "written by Emulus (tokens, a training run or a model)"
 _SEEN = "links to what is read already"
@@ -48,6 +51,34 @@ def own_output(names: set[str]) -> bool:
     if "COMPLETE" in names and ("trainer.json" in names or any(name.endswith(".safetensors") for name in names)):
         return True
     return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+
+
+def check_holds_no_data(out: Path) -> None:
+    """Refuse an output folder with a user's own data: once Emulus has written there, they would be passed over.
+
+    Args:
+        out: The folder; it need not exist.
+
+    Raises:
+        EmulusError: It holds images, clips or tables, and is not an earlier output.
+    """
+    names = _names(out) if out.is_dir() else set()
+    if own_output(names):
+        return
+    for name in sorted(names)[:_MOST_LOOKED_AT]:
+        path = out / name
+        if not is_hidden(name) and path.is_file() and (path.suffix.lower() in _DATA_SUFFIXES or _is_media(path)):
+            raise EmulusError(
+                f"--out {out} holds other files ({shown(name, quote=False)}); choose a folder that is new or empty"
+            )
+
+
+def _is_media(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return media_type(file.read(4096)) is not None
+    except OSError:
+        return False
 
 
 def files_in(folder: Path, account: Account) -> list[Path]:
