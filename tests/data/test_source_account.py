@@ -22,7 +22,8 @@ from emulus.data.item import Missing
 from emulus.data.source import Source, open_source
 from emulus.data.sources.walk import check_holds_no_data
 from emulus.errors import EmulusError
-from emulus.media import Clip, read_media, write_video
+from emulus.media import read_media
+from tests.data.files import film, lay, lines, tar
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 
@@ -35,42 +36,12 @@ def picture(kind: str = "PNG", frames: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-def film(folder: Path) -> bytes:
-    path = folder / "film.mp4"
-    write_video(Clip(tuple(Image.new("RGB", (16, 16), (60 * n, 0, 0)) for n in range(4)), 8.0), path)
-    content = path.read_bytes()
-    path.unlink()
-    return content
-
-
 PICTURE = picture()
-
-
-def lay(folder: Path, files: Mapping[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
-def lines(*rows: Mapping[str, Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def parquet(*rows: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows)), buffer)
-    return buffer.getvalue()
-
-
-def tar(files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
 

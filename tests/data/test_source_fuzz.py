@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import random
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 
 from emulus.data.source import open_source
 from emulus.errors import MAX_MESSAGE, EmulusError
+from tests.data.files import tar
 
 ROW: dict[str, Any] = {
     **{"id": "x", "file": "a.png", "caption": "a dot", "split": "train", "kind": "image", "fps": 8, "score": 2.0},
@@ -56,16 +56,6 @@ def arrow(row: Mapping[str, Any]) -> bytes:
     buffer, table = io.BytesIO(), pa.Table.from_pylist([row] * 6)
     with pa.ipc.new_stream(buffer, table.schema) as writer:
         writer.write_table(table)
-    return buffer.getvalue()
-
-
-def tar(files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from emulus.data.item import Missing
 from emulus.data.source import Source, open_source
 from emulus.data.sources.jsonrows import array_elements
 from emulus.errors import EmulusError
+from tests.data.files import lay, lines
 
 
 def picture(shade: int = 0) -> bytes:
@@ -29,18 +30,6 @@ def picture(shade: int = 0) -> bytes:
 
 
 PICTURE = picture()
-
-
-def lay(folder: Path, files: Mapping[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
-def lines(*rows: Mapping[str, Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def usable(source: Source) -> list[str]:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from emulus.data.source import open_source, split_of_key
 from emulus.errors import EmulusError
-from emulus.media import Clip, read_image, read_media, write_video
+from emulus.media import read_image, read_media
+from tests.data.files import film
 
 
 def picture(kind: str, shade: int = 0, frames: int = 1) -> bytes:
@@ -24,14 +25,6 @@ def picture(kind: str, shade: int = 0, frames: int = 1) -> bytes:
     more = {"save_all": True, "append_images": rest} if rest else {}
     first.save(buffer, kind, **more)
     return buffer.getvalue()
-
-
-def film(folder: Path) -> bytes:
-    path = folder / "film.mp4"
-    write_video(Clip(tuple(Image.new("RGB", (16, 16), (60 * n, 0, 0)) for n in range(4)), 8.0), path)
-    content = path.read_bytes()
-    path.unlink()
-    return content
 
 
 def write_tar(path: Path, files: Mapping[str, bytes], kind: int = tarfile.GNU_FORMAT) -> Path:

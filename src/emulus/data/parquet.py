@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,13 +31,22 @@ _MOST_UNPACKED, _MOST_TIMES = 2**28, 100
 """Bytes that a row group may unpack to, and how many times the size of its file."""
 
 
-@contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
+def parquet_errors(path: Path) -> AbstractContextManager[None]:
     """Turn what pyarrow raises about a broken file into one line that names it.
 
     Raises:
-        EmulusError: The file is gone, damaged, a Git LFS pointer or no Parquet file.
+        EmulusError: Within: the file is gone, damaged, a Git LFS pointer or no Parquet file.
     """
+    return _pyarrow_errors(path, "Parquet", "restore it from its source")
+
+
+def arrow_errors(path: Path) -> AbstractContextManager[None]:
+    """Like :func:`parquet_errors`, for an Arrow file."""
+    return _pyarrow_errors(path, "Arrow", "restore it, or export the data set with to_parquet()")
+
+
+@contextmanager
+def _pyarrow_errors(path: Path, kind: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except EmulusError:
@@ -45,8 +54,8 @@ def parquet_errors(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError, IndexError, KeyError, ValueError, NotImplementedError) as error:
         if is_lfs_pointer(head_of(path)):
             raise EmulusError(f"{path}: {LFS_REASON}") from None
-        reason = shown(" ".join(str(error).split()), quote=False)
-        raise EmulusError(f"{path} is no whole Parquet file ({reason}); restore it from its source") from error
+        reason = shown(error, quote=False)
+        raise EmulusError(f"{path} is no whole {kind} file ({reason}); {remedy}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,26 +254,6 @@ def _group_crc(path: Path, changed: int, size: int, group: int, column: str) -> 
             first = chunk.dictionary_page_offset or chunk.data_page_offset
             crc = crc_of(path, min(first, chunk.data_page_offset), chunk.total_compressed_size, crc)
     return crc
-
-
-@contextmanager
-def arrow_errors(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises about a broken Arrow file into one line that names it.
-
-    Raises:
-        EmulusError: The file is gone, damaged, a Git LFS pointer or no Arrow file.
-    """
-    try:
-        yield
-    except EmulusError:
-        raise
-    except (pa.ArrowException, OSError, IndexError, KeyError, ValueError, NotImplementedError) as error:
-        if is_lfs_pointer(head_of(path)):
-            raise EmulusError(f"{path}: {LFS_REASON}") from None
-        reason = shown(" ".join(str(error).split()), quote=False)
-        raise EmulusError(
-            f"{path} is no whole Arrow file ({reason}); restore it, or export the data set with to_parquet()"
-        ) from error
 
 
 def arrow_batches(path: Path) -> tuple[pa.RecordBatch, ...]:
