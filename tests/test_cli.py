@@ -327,3 +327,17 @@ def test_letters_that_the_terminal_cannot_show_are_spelt(model: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run(command, capture_output=True, check=True, env=environment)
     assert rb"m\xf6del" in result.stdout
+
+
+def test_info_finds_the_shipped_model_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["info"]) == 0
+    assert "decoder" in capsys.readouterr().out
+
+
+def test_a_source_named_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert main(["tokenize", str(tmp_path), str(tmp_path / "link"), "--out", str(tmp_path / "out")]) == 1
+    assert "a source is named twice" in capsys.readouterr().err

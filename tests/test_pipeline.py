@@ -423,3 +423,9 @@ def test_no_product_is_given_memory_that_was_not_written(bfloat16: bool, tiny: E
         losses = linear_cross_entropy(hidden, decoder.lm_head.weight, ids[0], torch.ones(75) / 75)
         losses.total.backward()
     assert all(each.grad is not None and each.grad.isfinite().all() for each in decoder.parameters())
+
+
+def test_what_is_longer_than_the_context_is_not_judged(tiny: Emulus) -> None:
+    pictures = [Image(torch.zeros(20, 20, dtype=torch.int64))] * 2
+    with pytest.raises(EmulusError, match=r"take \d+ ids, but the model's longest sequence is 256; give smaller ones"):
+        tiny.likeliest("a red apple", pictures)
