@@ -305,7 +305,7 @@ def check_place(path: Path, kind: Literal["file", "folder"]) -> None:
     """Refuse a place that cannot be written to, before anything is computed for it.
 
     Args:
-        path: Where something shall be; folders above it that are missing are made later.
+        path: The output; missing parent folders are created later.
         kind: What it will be.
 
     Raises:

@@ -425,7 +425,7 @@ class Prompter:
         return Clip(tuple(fit(frame, height, width) for frame in kept), fps)
 
     def _start_and_total(self, clip: MediaSource, num_frames: int | None) -> tuple[Clip, int]:
-        """A clip to go on with, as the model takes it, and how many frames it shall have then."""
+        """A clip to go on with, as the model takes it, and how many frames the result has."""
         factor = self.vision.config.temporal_factor
         if num_frames is not None:
             self._code_frames(num_frames)  # before the clip is read

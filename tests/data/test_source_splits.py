@@ -112,7 +112,7 @@ def test_the_column_goes_before_the_name(tmp_path: Path) -> None:
     found = {item.captions[0]: item.split for item in source if item.captions != ("",)}
     assert found == {"train": "train", "validation": "validation", "Test2": "test", "none": "train"}
     assert [str(entry) for entry in source.left_out] == [
-        "1 row: the split 'extra' is none of train, validation, test (train.parquet row 5)"
+        "1 row: the split 'extra' is not one of train, validation, test (train.parquet row 5)"
     ]
 
 

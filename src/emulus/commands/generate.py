@@ -64,7 +64,7 @@ class ModelOptions:
         """The model without its weights, to check on it what it will be asked.
 
         Raises:
-            EmulusError: There is none, or what it says of itself is damaged.
+            EmulusError: There is no such file, or its metadata is damaged.
         """
         return Outline.of(self._path(), vision=self.vision, preset=self.preset, compat=self.compat)
 

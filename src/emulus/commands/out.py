@@ -23,7 +23,7 @@ def check_out(path: Path, kind: Kind) -> None:
     """Refuse a place that cannot be written to.
 
     Args:
-        path: Where something shall be; folders above it that are missing are made later.
+        path: The output; missing parent folders are created later.
         kind: What it will be. The suffix of an image or clip says its format.
 
     Raises:

@@ -170,7 +170,7 @@ def checked_fps(value: object, where: str) -> float:
     """A number of frames per second; also a fraction such as ``30000/1001``, as ffprobe writes it.
 
     Raises:
-        LeftOutError: It is none, or too small or large to be written into a sequence.
+        LeftOutError: It is not a number, or too small or large to be written into a sequence.
     """
     fraction = _FRACTION.fullmatch(value) if isinstance(value, str) else None
     if fraction:

@@ -290,7 +290,7 @@ def _text(sample: _Sample[Any], row: Row) -> Stored:
     if column is None or ".json" not in sample.words:
         raise LeftOutError("no text", f"{row.where} has no column {' or '.join(TEXT_COLUMNS)}; add a text")
     if not isinstance(row.values[column], str):
-        raise LeftOutError("texts that are none", f"{row.where}: '{column}' is not a text; fix it")
+        raise LeftOutError("values that are not text", f"{row.where}: '{column}' is not a text; fix it")
     place = sample.words[".json"]
     content, offset = _content(place), place.offset if isinstance(place, TarMember) else 0
     path = place.path if isinstance(place, TarMember) else place

@@ -128,7 +128,9 @@ def _text_item(row: Row, identity: str, reading: Reading, split: Split | None) -
             raise LeftOutError("no text", f"{row.where}: {shown(names[0])} is empty; add a text or remove that row")
         text = row.values[found[0]]
         if not isinstance(text, str):
-            raise LeftOutError("texts that are none", f"{row.where}: {shown(found[0])} is not a text; fix that row")
+            raise LeftOutError(
+                "values that are not text", f"{row.where}: {shown(found[0])} is not a text; fix that row"
+            )
         stored = text if row.text_at is None else row.text_at(found[0])
     return item_of(row, identity, reading, kind="text", captions=(), stored=stored, split=split)
 

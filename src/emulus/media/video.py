@@ -46,7 +46,7 @@ def is_video(source: MediaSource) -> bool:
     Goes by the content, not the name; reads headers only.
 
     Raises:
-        EmulusError: The file is missing, empty, a folder or may not be read, or is none.
+        EmulusError: The file is missing, empty, a folder or may not be read, or is not media.
     """
     if isinstance(source, Clip):
         return True

@@ -28,7 +28,7 @@ except ImportError:  # Windows has none
 
 METRICS_FILE = "metrics.jsonl"
 TRACE_FILE, TABLE_FILE = "trace.json.gz", "operations.txt"
-# Bytes of a line of metrics.jsonl; what is longer is none of ours.
+# Bytes of a line of metrics.jsonl; Emulus writes no longer ones.
 _MOST_LINE = 2**20
 # Figures that are counted and summed up: finite, 0 or more.
 _COUNTS = {"tokens", "frames", "pictures", "seconds", "skipped", "again", "time"}

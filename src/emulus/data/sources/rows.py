@@ -195,7 +195,7 @@ def words_of(row: Row, columns: Columns) -> tuple[tuple[str, ...], tuple[Questio
     """The captions and questions of a row, and the media that its conversation names.
 
     Raises:
-        LeftOutError: There are none, or one cannot be right.
+        LeftOutError: There are no captions, or one is not valid.
     """
     found = first_given(row.values, columns.captions)
     captions = captions_of(found[1], found[0], row.where) if found else ()
@@ -252,7 +252,7 @@ def questions_of(row: Row) -> tuple[Question, ...]:
         plain = [checked_text(text.strip(), row.where) for text in texts if isinstance(text, str) and text.strip()]
         if len(plain) < 2:
             raise LeftOutError(
-                "questions that are none",
+                "questions in another form",
                 f'{row.where}: questions are a list of {{"question": "...", "answer": "..."}}; fix that row',
             )
         pairs.append(Question(*plain))
@@ -276,7 +276,7 @@ def media_of(
         named: Media that its conversation names.
 
     Raises:
-        LeftOutError: There is none, or no such file.
+        LeftOutError: The row names no media, or the file does not exist.
     """
     if row.stored is not None:
         return columns.media[0], row.stored
@@ -308,7 +308,7 @@ def _split(value: Any, where: str) -> Split:
     text = str(value).strip()
     split = split_called(text) or split_named(text)
     if split is None:
-        reason = f"the split {shown(text)} is none of {', '.join(SPLITS)}"
+        reason = f"the split {shown(text)} is not one of {', '.join(SPLITS)}"
         raise LeftOutError(reason, f"{where}: the split {shown(text)} is unknown{did_you_mean(text, SPLITS)}")
     return split
 

@@ -31,7 +31,7 @@ _SEEN = "links to what is read already"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's data by its name: ``.git``, ``__MACOSX``, ``Thumbs.db`` ..."""
+    """Whether a file or folder is not the user's data, by its name: ``.git``, ``__MACOSX``, ``Thumbs.db`` ..."""
     return name.startswith(".") or name.lower() in _NOT_DATA_FOLDERS or name.lower() in _NOT_DATA_FILES
 
 
