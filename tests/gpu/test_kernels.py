@@ -217,7 +217,7 @@ class TestAttention:
         if INTERPRETED and splits > 2 and lane != BF16:
             pytest.skip("slow, and much as before")
         # Fewer than blocks of slots, and more.
-        monkeypatch.setattr(gpu, "_SPLITS", splits)
+        monkeypatch.setattr(gpu.attention, "_SPLITS", splits)
         room = lanes(lane, kv_heads, width, watched=watched)
         q = draw(len(room.of), heads + 1, width, dtype=dtype)[:, :heads]
         close(gpu.attend(q, room.where, 1), attended(q, room, 1), tolerance)
@@ -281,7 +281,7 @@ class TestChoice:
         self._compare(ids, temperature, k)
 
     def test_more_than_fits_registers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu, "_REGISTERS", 4096)
+        monkeypatch.setattr(gpu.choice, "_REGISTERS", 4096)
         self._compare(5000, 1.0, 50)
 
     def test_ties(self) -> None:

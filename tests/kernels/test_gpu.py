@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from emulus.kernels import gpu
+from emulus.kernels.gpu import launch
 from emulus.kernels.where import Where
 
 TESTS = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         kernels[kernel.fn.__name__] = kernel.warmup(*args, grid=grid, **options)
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(gpu, "_run", build)
+    monkeypatch.setattr(launch, "run", build)
     monkeypatch.setattr(driver, "_active", Hopper())
     return kernels
 
