@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from emulus.device import numbers
+from emulus.device import int_table, numbers
 from emulus.engine.cache import CacheLayout, Lane
 from emulus.engine.graphs import Graphs
+from emulus.engine.step import Feed, Span, Step, padded, rows_of
 from emulus.errors import EmulusError
 from emulus.kernels import gpu, native
 from emulus.kernels.where import Where
@@ -38,29 +39,10 @@ _FEW = 128
 A schedule asks for no more of one request (``schedule._MOST_IDS``): what comes out must not depend on the window."""
 
 
+_ROWS = 6
+"""Kinds of numbers that a step of few tokens is told by, at most."""
+
 _PLAIN = {torch.float32, torch.bfloat16, torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feed:
-    """Tokens of one sequence to be computed.
-
-    Attributes:
-        lane: Whose keys and values they see, and add to.
-        ids: The tokens.
-        positions: Where each stands in its sequence; None for one after another from ``lane.length`` on.
-        wanted: Which of them are asked for what follows; None for the last.
-    """
-
-    lane: Lane
-    ids: Sequence[int]
-    positions: Sequence[int] | None = None
-    wanted: Sequence[int] | None = None
-
-    @property
-    def slots(self) -> Sequence[int]:
-        """Position of every token."""
-        return range(self.lane.length, self.lane.length + len(self.ids)) if self.positions is None else self.positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +66,20 @@ class _Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Span:
-    """The tokens of one lane in a step."""
-
-    lane: Lane
-    tokens: slice
-    positions: Tensor
-    visible: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """What every layer of one device needs to know of a step: addresses for kernels, or spans for plain PyTorch."""
+class _Context:
+    """What every layer of one device knows of a step: addresses for kernels, or spans for plain PyTorch."""
 
     table: Rotary
     where: Where | None = None
-    spans: tuple[_Span, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 class Runner:
     """Computes hidden states of new tokens, and keeps their keys and values."""
+
+    _angles: tuple[Tensor, Tensor] | None = None
+    _nothing: Tensor
+    _scratch: Lane
 
     def __init__(self, decoder: Decoder, *, kv_dtype: torch.dtype | None = None, record: bool = True) -> None:
         """Look at a decoder; nothing is copied, so that weights changed in place are seen as they are then.
@@ -126,13 +102,19 @@ class Runner:
         together = {*devices, self._embedding.device, self._norm.device} == {self.device}
         self._kernels = _kernels(self._norm, decoder.config.head_width) if together else None
         # Not the method itself: a runner that refers to itself would keep the weights until the next collection.
-        compute = weakref.WeakMethod(self._compute)
-        self._graphs = Graphs(lambda *tensors: compute()(*tensors), most=64 if record else 0)  # type: ignore[misc]
+        compute = weakref.WeakMethod(self._compute_table)
+        self._graphs = Graphs(
+            lambda *tensors: compute()(*tensors),  # type: ignore[misc]
+            device=self.device,
+            most=_ROWS if record else 0,
+        )
         self._table = _table(self._layers) if self._kernels is native else None
         # The table holds addresses, so what lies there must stay, whatever becomes of the decoder.
         self._decoder = weakref.ref(decoder)
         self._kept = _storages(decoder)
         self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels, kv_dtype))
+        if self._kernels is gpu:
+            self._prepare_recording()
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +144,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(
-        self, feeds: Sequence[Feed], *, chosen: Int64[Tensor, " holes"] | None = None, holes: Sequence[int] = ()
+        self, feeds: Sequence[Feed], *, chosen: Int64[Tensor, " ids"] | None = None, firsts: Sequence[int] = ()
     ) -> Float[Tensor, "wanted hidden"]:
         """Compute tokens, each seeing its lane up to itself, and keep their keys and values.
 
@@ -170,8 +152,8 @@ class Runner:
 
         Args:
             feeds: Tokens of distinct lanes.
-            chosen: Ids that only the device knows yet.
-            holes: Where those stand, counted over all feeds; what the feeds say there is not looked at.
+            chosen: Ids that only the device knows yet, at most one for each feed.
+            firsts: Of each feed, which of ``chosen`` its first token is; what the feed says there is not looked at.
 
         Returns:
             What the head reads, of the wanted tokens in order; float32 on a CPU.
@@ -179,24 +161,72 @@ class Runner:
         Raises:
             EmulusError: A token would stand beyond its lane.
         """
-        step = _Flat.of(feeds)
-        device = self._embedding.device
-        ids = numbers(step.ids, device)
-        if chosen is not None:
-            ids[numbers(holes, device)] = chosen.to(device)
-        if self._kernels is None or step.most > _FEW:
-            x = self._through(ids, _Steps(self, step))
+        step = Step.of(feeds, firsts)
+        if self._kernels is None or step.longest > _FEW:
+            x = self._through(self._ids(step, chosen), _Contexts(self, step))
+        elif self._kernels is native:
+            _, *rest = (numbers(row, self.device) for row in step.table(self.device))
+            x = self._compute(self._ids(step, chosen), *rest)
         else:
-            x = self._graphs(ids, numbers(step.positions, device), *_addresses(step, device))
-        wanted = x[numbers(step.wanted, x.device)].to(self.device, _activations(self._norm))
+            parts = [self._recorded(part, chosen) for part in step.parts(gpu.FEW)]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        wanted = rows_of(x, step.wanted).to(self.device, _activations(self._norm))
         return self._rms_norm(wanted, self._norm)
 
     def rotary(self, position: Int64[Tensor, " tokens"]) -> Rotary:
         """The angles of these positions."""
         return rotary(position[None], self.config.head_width, self.config.rope_theta)
 
-    def _compute(self, ids: Tensor, position: Tensor, base: Tensor, capacity: Tensor, ready: Tensor | None) -> Tensor:
-        """A step of few tokens on one device, as a function of tensors alone."""
+    def _prepare_recording(self) -> None:
+        """Make what recorded steps read beside weights and lanes, which stays where it is in memory."""
+        with torch.inference_mode():
+            every = torch.arange(self.config.max_position_embeddings, device=self.device)
+            cos, sin = self.rotary(every)
+            self._angles = cos[0, 0], sin[0, 0]
+            self._nothing = torch.zeros(gpu.FEW, dtype=torch.int64, device=self.device)
+        # Tokens that fill a step up are of this lane, which nobody reads.
+        self._scratch = self.new_lane(1)
+
+    def _cos_sin(self, position: Int64[Tensor, " tokens"]) -> tuple[Tensor, Tensor]:
+        if self._angles is not None:
+            cos, sin = self._angles
+            return cos[position], sin[position]
+        table = self.rotary(position)
+        return table.cos[0, 0], table.sin[0, 0]
+
+    def _ids(self, step: Step, chosen: Tensor | None) -> Tensor:
+        device = self._embedding.device
+        ids = numbers(step.ids, device)
+        if chosen is not None:
+            holes = [place for place, source in enumerate(step.sources) if source >= 0]
+            ids[numbers(holes, device)] = rows_of(chosen, [step.sources[hole] for hole in holes]).to(device)
+        return ids
+
+    def _recorded(self, step: Step, chosen: Tensor | None) -> Tensor:
+        """A step of few tokens on a GPU: one copy of all numbers to the device, and one launch of what is recorded."""
+        count = len(step.ids)
+        table = [*step.table(self.device), step.sources]
+        if not step.wanted:
+            # A piece of a prompt: of these there are too many sizes to record each.
+            return self._compute_table(int_table(table, self.device), chosen)
+        nobody = [0, 0, self._scratch.memory[self.device].data_ptr(), self._scratch.capacity, *[0] * (len(table) - 5)]
+        table = padded(table, [*nobody, -1])
+        # Of few lengths, too.
+        known = self._nothing if chosen is None else F.pad(chosen, (0, -len(chosen) % gpu.FEW))
+        return self._graphs(int_table(table, self.device), known)[:count]
+
+    def _compute_table(self, table: Int64[Tensor, "rows tokens"], chosen: Tensor | None) -> Tensor:
+        """A step of few tokens as a function of tensors alone: the rows of :meth:`Step.table`, then its sources."""
+        table = table.to(self.device, non_blocking=True)
+        ids, *rest, sources = table
+        if chosen is not None:
+            ids = torch.where(sources < 0, ids, chosen[sources.clamp_min(0)])
+        return self._compute(ids, *rest)
+
+    def _compute(
+        self, ids: Tensor, position: Tensor, base: Tensor, capacity: Tensor, ready: Tensor | None = None
+    ) -> Tensor:
+        """A step of few tokens on one device; which lanes they are of is told by addresses."""
         where = Where(
             base=base,
             capacity=capacity,
@@ -206,9 +236,11 @@ class Runner:
             head_dim=self.layout.head_dim,
             ready=ready,
         )
-        table = self.rotary(position)
+        cos, sin = self._cos_sin(position)
         if self._table is None:
-            return self._through(ids, {ids.device: _Step(where=where, table=table)})
+            return self._through(
+                ids, {ids.device: _Context(where=where, table=Rotary(cos[None, None], sin[None, None]))}
+            )
         config = self.config
         return native.blocks(
             F.embedding(ids, self._embedding).float(),
@@ -216,12 +248,12 @@ class Runner:
             heads=config.num_attention_heads,
             inner=config.intermediate_size,
             eps=config.rms_norm_eps,
-            cos=table.cos[0, 0],
-            sin=table.sin[0, 0],
+            cos=cos,
+            sin=sin,
             where=where,
         )
 
-    def _through(self, ids: Tensor, steps: Mapping[torch.device, _Step]) -> Tensor:
+    def _through(self, ids: Tensor, steps: Mapping[torch.device, _Context]) -> Tensor:
         x = F.embedding(ids, self._embedding)
         for layer in self._layers:
             x = self._block(x.to(layer.device, layer.dtype), layer, steps[layer.device])
@@ -230,17 +262,20 @@ class Runner:
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "n hidden"], ranges: Sequence[tuple[int, int]]) -> Float[Tensor, "n ids"]:
         """float32 logits of these ids only: where cells are drawn, text's part of the head is not read."""
+        if self._kernels is gpu and len(hidden) > gpu.FEW:
+            # What comes out for a token must not depend on how many others there are.
+            return torch.cat([self.logits(part, ranges) for part in hidden.split(gpu.FEW)])
         parts = [linear(hidden, self._head, rows).float() for rows in ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def _block(self, x: Tensor, layer: _Layer, step: _Step) -> Tensor:
+    def _block(self, x: Tensor, layer: _Layer, step: _Context) -> Tensor:
         x = x + linear(self._attention(self._rms_norm(x, layer.norm), layer, step), layer.o)
         hidden = self._rms_norm(x, layer.mlp_norm)
         gate, up = linear(hidden, layer.gate), linear(hidden, layer.up)
         product = F.silu(gate) * up if self._kernels is None else self._kernels.silu_mul(gate, up)
         return x + linear(product, layer.down)
 
-    def _attention(self, hidden: Tensor, layer: _Layer, step: _Step) -> Tensor:
+    def _attention(self, hidden: Tensor, layer: _Layer, step: _Context) -> Tensor:
         width = self.config.head_width
         q = linear(hidden, layer.q).view(len(hidden), -1, width)
         k = linear(hidden, layer.k).view(len(hidden), -1, width)
@@ -260,61 +295,18 @@ class Runner:
         return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view_as(x)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flat:
-    """The tokens of all feeds, one after another."""
-
-    feeds: Sequence[Feed]
-    ids: list[int]
-    positions: list[int]
-    wanted: list[int]
-    most: int
-
-    @classmethod
-    def of(cls, feeds: Sequence[Feed]) -> _Flat:
-        return cls(
-            feeds=feeds,
-            ids=[id for feed in feeds for id in feed.ids],
-            positions=[slot for feed in feeds for slot in _checked(feed)],
-            wanted=list(_wanted(feeds)),
-            most=max(len(feed.ids) for feed in feeds),
-        )
-
-
-class _Steps(dict[torch.device, _Step]):
+class _Contexts(dict[torch.device, _Context]):
     """A step as each device sees it, where plain PyTorch computes it; made when it is first asked for."""
 
-    def __init__(self, runner: Runner, flat: _Flat) -> None:
+    def __init__(self, runner: Runner, step: Step) -> None:
         super().__init__()
         self._runner = runner
-        self._flat = flat
+        self._step = step
 
-    def __missing__(self, device: torch.device) -> _Step:
-        position = numbers(self._flat.positions, device)
-        self[device] = _Step(table=self._runner.rotary(position), spans=tuple(_spans(self._flat, position)))
+    def __missing__(self, device: torch.device) -> _Context:
+        position = numbers(self._step.positions, device)
+        self[device] = _Context(table=self._runner.rotary(position), spans=tuple(self._step.spans(position)))
         return self[device]
-
-
-def _spans(flat: _Flat, positions: Tensor) -> Iterator[_Span]:
-    start = 0
-    for feed in flat.feeds:
-        tokens = slice(start, start + len(feed.ids))
-        yield _Span(lane=feed.lane, tokens=tokens, positions=positions[tokens], visible=max(feed.slots) + 1)
-        start = tokens.stop
-
-
-def _addresses(flat: _Flat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of each token: address of its lane, slots of its lane, address of what is ready of it."""
-
-    def each_token(values: Sequence[int]) -> Tensor:
-        return numbers([n for n, feed in zip(values, flat.feeds, strict=True) for _ in feed.ids], device)
-
-    lanes = [feed.lane for feed in flat.feeds]
-    base = each_token([lane.memory[device].data_ptr() for lane in lanes])
-    capacity = each_token([lane.capacity for lane in lanes])
-    if not any(lane.ready for lane in lanes):
-        return base, capacity, None
-    return base, capacity, each_token([lane.ready[device].data_ptr() if lane.ready else 0 for lane in lanes])
 
 
 def _storages(decoder: Decoder) -> list[Tensor]:
@@ -409,25 +401,7 @@ def _kernels(norm: Tensor, head_dim: int) -> ModuleType | None:
     return native if norm.is_cpu and fits and native.available() else None
 
 
-def _checked(feed: Feed) -> Sequence[int]:
-    slots = feed.slots
-    if max(slots) >= feed.lane.capacity:
-        raise EmulusError(
-            f"a sequence of {max(slots) + 1} tokens does not fit a key/value cache of {feed.lane.capacity}"
-        )
-    return slots
-
-
-def _wanted(feeds: Sequence[Feed]) -> Iterator[int]:
-    """Places, among all tokens of a step, of those that are asked for what follows."""
-    start = 0
-    for feed in feeds:
-        for index in [len(feed.ids) - 1] if feed.wanted is None else feed.wanted:
-            yield start + index
-        start += len(feed.ids)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, layer: _Layer, step: _Step) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, layer: _Layer, step: _Context) -> Tensor:
     """Attention in plain PyTorch, lane by lane."""
     heads_first = [part.transpose(0, 1)[None] for part in (q, k)]
     q, k = (rotate(part, step.table)[0] for part in heads_first)
