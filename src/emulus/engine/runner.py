@@ -8,8 +8,8 @@ and one, two or fifty tokens of a sequence are the same call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -24,7 +24,8 @@ from emulus.engine.step import Feed, Span, Step, padded, rows_of
 from emulus.errors import EmulusError
 from emulus.kernels import gpu, native
 from emulus.kernels.where import Where
-from emulus.model.linear import QuantizedLinear, linear
+from emulus.model.attention import attend
+from emulus.model.linear import Packed, QuantizedLinear, kernel_for, linear
 from emulus.model.quantize import is_quantized
 from emulus.model.transformer import Block, Decoder, Rotary, rms_norm, rotary, rotate
 
@@ -63,6 +64,17 @@ class _Layer:
     gate: Weight
     up: Weight
     down: Weight
+    fused: _Fused | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fused:
+    """A block's weights as the GPU's kernels take several at once."""
+
+    qkv: tuple[Tensor | Packed, ...]
+    mlp: tuple[Tensor | Packed, ...]
+    o: Callable[..., Tensor]
+    down: Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +126,7 @@ class Runner:
         self._kept = _storages(decoder)
         self.layout = CacheLayout.of(decoder.config, devices, _cache_dtype(decoder, self._kernels, kv_dtype))
         if self._kernels is gpu:
+            self._layers = tuple(replace(layer, fused=_fused(layer)) for layer in self._layers)
             self._prepare_recording()
 
     @property
@@ -269,11 +282,28 @@ class Runner:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _block(self, x: Tensor, layer: _Layer, step: _Context) -> Tensor:
+        if layer.fused is not None and step.where is not None and len(x) <= gpu.FEW:
+            return self._fused_block(x, layer, layer.fused, step.table, step.where)
         x = x + linear(self._attention(self._rms_norm(x, layer.norm), layer, step), layer.o)
         hidden = self._rms_norm(x, layer.mlp_norm)
         gate, up = linear(hidden, layer.gate), linear(hidden, layer.up)
         product = F.silu(gate) * up if self._kernels is None else self._kernels.silu_mul(gate, up)
         return x + linear(product, layer.down)
+
+    def _fused_block(self, x: Tensor, layer: _Layer, fused: _Fused, table: Rotary, where: Where) -> Tensor:
+        """The same to the bit in few launches; each reads its weights once."""
+        heads, kv_heads, eps = (
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+            self.config.rms_norm_eps,
+        )
+        joined = gpu.linear_group(gpu.rms_norm(x, layer.norm, eps), fused.qkv)
+        q, k, v = joined.view(len(x), -1, self.config.head_width).split((heads, kv_heads, kv_heads), dim=1)
+        cos, sin = (part[0, 0] for part in table)
+        norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm, "eps": eps}
+        q = gpu.rotate_and_store(q, k, v, cos, sin, where, layer.index, **norms)
+        x = fused.o(gpu.attend(q, where, layer.index), add=x)
+        return fused.down(gpu.gated(gpu.rms_norm(x, layer.mlp_norm, eps), *fused.mlp), add=x)
 
     def _attention(self, hidden: Tensor, layer: _Layer, step: _Context) -> Tensor:
         width = self.config.head_width
@@ -366,6 +396,27 @@ def _numbers(weight: Weight) -> native.Numbers:
     return native.matrix(weight, width=weight.shape[1])
 
 
+def _fused(layer: _Layer) -> _Fused | None:
+    """What the GPU's kernels take of a block at once; None where its weights are not of one kind."""
+    q, k, v, o, gate, up, down = map(_packed, (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down))
+    kinds = [{_kind(each) for each in several} for several in ((q, k, v), (gate, up))]
+    ends = [kernel for kernel in (kernel_for(gpu, o), kernel_for(gpu, down)) if kernel is not None]
+    if layer.dtype != torch.bfloat16 or any(len(kind) > 1 for kind in kinds) or len(ends) < 2:
+        return None
+    return _Fused(qkv=(q, k, v), mlp=(gate, up), o=ends[0], down=ends[1])
+
+
+def _packed(weight: Weight) -> Tensor | Packed:
+    if isinstance(weight, QuantizedLinear):
+        return weight.packed()
+    assert isinstance(weight, Tensor), "a plain matrix, or a quantised one"
+    return weight
+
+
+def _kind(weight: Tensor | Packed) -> tuple[torch.dtype, bool]:
+    return (weight.dtype, True) if isinstance(weight, Tensor) else (weight.q.dtype, weight.low is None)
+
+
 def _weight(module: nn.Module) -> Weight:
     """What :func:`linear` multiplies with: a plain matrix, or the quantised layer itself."""
     return module.weight if isinstance(module, nn.Linear) else module
@@ -412,9 +463,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layer: _Layer, step: _Context) -> T
         memory[0, :, span.positions] = k[:, span.tokens].to(memory.dtype)
         memory[1, :, span.positions] = v[:, span.tokens].to(memory.dtype)
         keys, values = (part[None, :, : span.visible].to(q.dtype) for part in memory)
-        mask = torch.arange(span.visible, device=q.device) <= span.positions[:, None]
-        if span.lane.ready is not None:
-            mask = mask & span.lane.ready[layer.device][: span.visible].bool()
-        seen = F.scaled_dot_product_attention(q[None, :, span.tokens], keys, values, attn_mask=mask, enable_gqa=True)
+        queries = q[None, :, span.tokens]
+        # On a GPU the kernels that need no mask are many times faster.
+        seen = (
+            attend(queries, keys, values, span.row) if q.is_cuda and span.row else _masked(queries, keys, values, span)
+        )
         parts.append(seen[0].transpose(0, 1).flatten(1))
     return torch.cat(parts)
+
+
+def _masked(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+    mask = torch.arange(span.visible, device=queries.device) <= span.positions[:, None]
+    if span.lane.ready is not None:
+        mask = mask & span.lane.ready[queries.device][: span.visible].bool()
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from emulus.device import numbers
 from emulus.engine.cache import Lane
 from emulus.errors import EmulusError
+from emulus.model.attention import Row, chunk_of
 
 _COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
@@ -47,12 +48,14 @@ class Span:
         tokens: Where they stand among all tokens of the step.
         positions: Where each stands in its sequence.
         visible: Slots of the lane that the last of them may see.
+        row: How they attend if they are the last of these slots and see all before them; else None.
     """
 
     lane: Lane
     tokens: slice
     positions: Int64[Tensor, " tokens"]
     visible: int
+    row: Row | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,10 @@ class Step:
         """
         for start, feed in zip(_starts(self.feeds), self.feeds, strict=True):
             tokens = slice(start, start + len(feed.ids))
-            yield Span(lane=feed.lane, tokens=tokens, positions=positions[tokens], visible=max(feed.slots) + 1)
+            visible = max(feed.slots) + 1
+            last = list(feed.slots) == list(range(visible - len(feed.ids), visible)) and feed.lane.ready is None
+            row = Row(lengths=(visible,), chunks=(chunk_of((visible,), feed.slots[0], visible),)) if last else None
+            yield Span(lane=feed.lane, tokens=tokens, positions=positions[tokens], visible=visible, row=row)
 
     def table(self, device: torch.device) -> list[list[int]]:
         """What kernels need to know, a row of one number per token each.
