@@ -32,15 +32,13 @@ Weight = Tensor | tuple[Tensor, Tensor, Tensor | None]
 
 def product(x: Tensor, weight: Weight, add: Tensor | None = None) -> Tensor:
     """As :func:`emulus.kernels.gpu.linear` gives it, whatever the weights are, with sums that no company changes."""
+    wide = x.float()
     if isinstance(weight, Tensor):
-        out = native.linear(x.float(), weight)
+        out = native.linear(wide, weight)
+    elif weight[2] is None:
+        out = native.linear_int8(wide, *weight[:2])
     else:
-        q, scale, low = weight
-        out = (
-            native.linear_int8(x.float(), q, scale)
-            if low is None
-            else native.linear_int4(x.float(), q, scale, low, rounded=True)
-        )
+        out = native.linear_int4(wide, *weight, rounded=True)
     return out.to(x.dtype) if add is None else add + out.to(x.dtype)
 
 
