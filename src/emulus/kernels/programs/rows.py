@@ -20,6 +20,12 @@ def rms_norm(x, weight, out, size, x_stride, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def silu_times(gate, up):
+    """``silu(gate) * up`` of float32 values."""
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def silu_mul(gate, up, out, size, gate_stride, up_stride, BLOCK: tl.constexpr):
     """Part of a row a program."""
     row = tl.program_id(1).to(tl.int64)
@@ -27,4 +33,4 @@ def silu_mul(gate, up, out, size, gate_stride, up_stride, BLOCK: tl.constexpr):
     inside = columns < size
     a = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(up + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * size + columns, (a * tl.sigmoid(a) * b).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * size + columns, silu_times(a, b).to(out.dtype.element_ty), mask=inside)
