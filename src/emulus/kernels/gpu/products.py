@@ -15,7 +15,7 @@ from emulus.kernels.gpu import launch
 if find_spec("triton") is not None:
     from emulus.kernels.programs import products as programs
 
-FEW = 64
+FEW = 128
 """More tokens than this and a product waits for arithmetic instead, which PyTorch's own is better at."""
 
 # Inputs of a row that one warp takes at a time, by the bytes of a weight; warps that share a block of rows.

@@ -56,7 +56,7 @@ def _read(tokens, n, TOKENS: tl.constexpr):
 
     Masks cost registers and instructions, but few tokens are often fewer than ``TOKENS``.
     """
-    if TOKENS > 8:
+    if TOKENS > 8:  # noqa: SIM108
         here = tl.full((TOKENS,), 1, tl.int1)
     else:
         here = tokens < n
@@ -101,6 +101,7 @@ def linear(
     GATED: tl.constexpr,
     EVEN: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Rows of ``weights`` times ``TOKENS`` tokens; a row's scale, if any, is multiplied at the end."""
     rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
@@ -110,6 +111,8 @@ def linear(
     here = _read(tokens, n, TOKENS)[None, None, :]
     inner = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for start in range(0, ins, PARTS * WIDTH):
         columns = start + inner
         if EVEN:
@@ -124,6 +127,8 @@ def linear(
             # By this detour every step has an instruction of full speed.
             w = w.to(tl.float16).to(tl.float32)
         sums = tl.dot(w.to(DOT), part.to(DOT), sums)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     product = tl.sum(sums, 0)
     if scales is not None:
         product *= tl.load(_row_at(scales, scale_strides, outs, row))[:, None]
@@ -171,6 +176,7 @@ def linear_int4(
     GATED: tl.constexpr,
     EVEN: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Like :func:`linear`; weights and ``x`` are read as words of four inputs, one of which is multiplied at a time."""
     rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
@@ -181,6 +187,8 @@ def linear_int4(
     token_at = (tl.minimum(tokens, n - 1) * (groups * (_GROUP // 4)))[None, None, :]
     here = _read(tokens, n, TOKENS)[None, None, :]
     sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for start in range(0, groups, PARTS):
         group = start + tl.arange(0, PARTS)
         inner = group[:, None] * (_GROUP // 4) + tl.arange(0, _GROUP // 4)[None, :]
@@ -198,4 +206,6 @@ def linear_int4(
             part = (fours >> (16 * number)).to(tl.int16).to(tl.bfloat16, bitcast=True)
             w = _from_int4(words, steps[:, :, None], least[:, :, None], number)
             sums = tl.dot(w.to(DOT), part.to(DOT), sums)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     _finish(tl.sum(sums, 0), out, add, n, total, tokens, rows, GATED)

@@ -8,8 +8,11 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm(x, weight, out, size, x_stride, eps, BLOCK: tl.constexpr):
+def rms_norm(x, weight, out, size, x_stride, eps, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """One row a program; the cast back comes before the weight, as released."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -26,8 +29,11 @@ def silu_times(gate, up):
 
 
 @triton.jit
-def silu_mul(gate, up, out, size, gate_stride, up_stride, BLOCK: tl.constexpr):
+def silu_mul(gate, up, out, size, gate_stride, up_stride, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """Part of a row a program."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
