@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -34,3 +35,11 @@ class Where:
     kv_heads: int
     head_dim: int
     ready: Int[Tensor, " tokens"] | None = None
+
+    @functools.cached_property
+    def finished(self) -> Int[Tensor, "tokens kv_heads"]:
+        """Zeros in int32, for attention on GPUs to count its finished programs in; each launch leaves zeros behind.
+
+        Made once for all layers of a step, and part of its CUDA graph; never shared by steps that may run at once.
+        """
+        return torch.zeros(len(self.base), self.kv_heads, dtype=torch.int32, device=self.base.device)

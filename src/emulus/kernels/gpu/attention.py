@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -15,10 +16,32 @@ if find_spec("triton") is not None:
     from emulus.kernels.programs import attention as programs
     from emulus.kernels.programs.common import TYPES
 
-# Programs that the blocks of a head are dealt out to. By the queries' type: slots of a block of keys, and rows (tokens
-# times query heads of a key head) that share it: the least that Hopper's matrix instructions take, if they know it.
+# Programs that the blocks of a head are dealt out to: as many for lanes of any length, since sums must not depend on
+# which requests share a step.
 _SPLITS = 16
-_ATTENTION = {torch.bfloat16: (64, 64), torch.float16: (64, 64), torch.float32: (32, 16)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """Sizes of a program of attention.
+
+    Attributes:
+        slots: Of a block of keys.
+        rows: Tokens times query heads of a key head that share the block.
+        warps: That work on it.
+        stages: Blocks on their way at a time, and the one that is worked on.
+    """
+
+    slots: int
+    rows: int
+    warps: int
+    stages: int
+
+
+# 64 rows are the least that Hopper's matrix instructions take.
+_SHORT = _Tile(slots=64, rows=64, warps=4, stages=3)
+# Products of float32 have no such instructions, and with larger blocks their sums do not fit into registers.
+_FLOAT32 = _Tile(slots=16, rows=16, warps=8, stages=2)
 
 
 def rotate_and_store(
@@ -29,17 +52,25 @@ def rotate_and_store(
     sin: Float[Tensor, "n d"],
     where: Where,
     layer: int,
+    *,
+    q_norm: Float[Tensor, " d"] | None = None,
+    k_norm: Float[Tensor, " d"] | None = None,
+    eps: float = 0.0,
 ) -> Float[Tensor, "n heads d"]:
     """Turn queries and keys by their positions' angles, and put keys and values into the lanes.
 
     Args:
-        q: Queries; like ``k`` and ``v`` possibly a view of a wider tensor.
+        q: Queries; like ``k`` and ``v`` possibly a view of a wider tensor, such as that of all three side by side.
         k: Keys.
         v: Values.
         cos: Cosines in the rotate-half layout, float32.
-        sin: Sines likewise.
+        sin: Sines in the same layout.
         where: Each token's place.
         layer: Which layer's part of the lanes.
+        q_norm: Weights of the norm of each query head, applied first as :func:`~emulus.kernels.gpu.rms_norm` does;
+            given together with ``k_norm`` or not at all.
+        k_norm: Weights of the norm of each key head.
+        eps: Of both norms.
 
     Returns:
         The queries, turned.
@@ -49,7 +80,8 @@ def rotate_and_store(
     launch.run(
         programs.rotate_and_store,
         (n, heads + 2 * where.kv_heads),
-        *(q, k, v, cos.contiguous(), sin.contiguous(), out, where.base, where.capacity, where.position, layer),
+        *(q, k, v, cos.contiguous(), sin.contiguous(), out, q if q_norm is None else q_norm),
+        *(k if k_norm is None else k_norm, eps, where.base, where.capacity, where.position, layer),
         *(stride for tensor in (q, k, v) for stride in tensor.stride()[:2]),
         HEADS=heads,
         KV_HEADS=where.kv_heads,
@@ -57,6 +89,7 @@ def rotate_and_store(
         BLOCK=launch.power(width),
         LANE=TYPES[where.dtype],
         ALIGNED=launch.aligned(width * where.dtype.itemsize),
+        NORMED=q_norm is not None,
         num_warps=1,
     )
     return out
@@ -80,25 +113,28 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
     out = torch.empty(n, heads * width, dtype=q.dtype, device=q.device)
     sums = torch.empty(n, heads, _SPLITS, width, dtype=torch.float32, device=q.device)
     peaks, weights = torch.empty(2, n, heads, _SPLITS, dtype=torch.float32, device=q.device)
-    block, rows = _ATTENTION[q.dtype]
+    tile = _FLOAT32 if torch.float32 in (q.dtype, where.dtype) else _SHORT
     group = heads // where.kv_heads
-    shape = {"HEADS": heads, "WIDTH": width, "WIDE": launch.power(width), "BLOCK": block, "SPLITS": _SPLITS}
     launch.run(
         programs.attend,
         (n, where.kv_heads, _SPLITS),
         *(q, where.base, where.capacity, where.position, where.base if where.ready is None else where.ready),
         # Powers of 2 throughout, so the scale holds the logarithm's base too.
-        *(sums, peaks, weights, n, layer, width**-0.5 * 1.4426950408889634, q.stride(0), q.stride(1)),
-        **shape,
+        *(sums, peaks, weights, where.finished, out, n, layer, width**-0.5 * 1.4426950408889634),
+        *q.stride()[:2],
+        HEADS=heads,
         KV_HEADS=where.kv_heads,
-        TOKENS=max(1, rows // group),
-        ROWS=max(rows, launch.power(group)),
+        WIDTH=width,
+        WIDE=launch.power(width),
+        TOKENS=max(1, tile.rows // group),
+        ROWS=max(tile.rows, launch.power(group)),
+        BLOCK=tile.slots,
+        SPLITS=_SPLITS,
         LANE=TYPES[where.dtype],
         ALIGNED=launch.aligned(width * where.dtype.itemsize),
         DOT=launch.dot(q.dtype),
         READY=where.ready is not None,
-        num_warps=4,
-        num_stages=2 if q.dtype == torch.float32 else 3,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    launch.run(programs.combine, (n, heads), sums, peaks, weights, where.position, out, **shape, num_warps=4)
     return out
