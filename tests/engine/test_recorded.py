@@ -70,7 +70,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(name)
             return function(*args, **options)
 
-        monkeypatch.setattr(gpu, name, counted, raising=False)
+        monkeypatch.setattr(gpu, name, counted)
 
     stand_in("linear", product)
     stand_in("linear_int8", lambda x, q, scale, add=None: product(x, (q, scale, None), add))

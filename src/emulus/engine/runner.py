@@ -300,8 +300,9 @@ class Runner:
         joined = gpu.linear_group(gpu.rms_norm(x, layer.norm, eps), fused.qkv)
         q, k, v = joined.view(len(x), -1, self.config.head_width).split((heads, kv_heads, kv_heads), dim=1)
         cos, sin = (part[0, 0] for part in table)
-        norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm, "eps": eps}
-        q = gpu.rotate_and_store(q, k, v, cos, sin, where, layer.index, **norms)
+        q = gpu.rotate_and_store(
+            q, k, v, cos, sin, where, layer.index, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps
+        )
         x = fused.o(gpu.attend(q, where, layer.index), add=x)
         return fused.down(gpu.gated(gpu.rms_norm(x, layer.mlp_norm, eps), *fused.mlp), add=x)
 
