@@ -281,7 +281,7 @@ class TestChoice:
         self._compare(ids, temperature, k)
 
     def test_more_than_fits_registers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu.choice, "_REGISTERS", 4096)
+        monkeypatch.setattr(gpu.choice, "_LIST", 16)
         self._compare(5000, 1.0, 50)
 
     def test_ties(self) -> None:
