@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """The next id: guidance, filter, noise, the largest.
 
-Several programs share a row. :func:`count` finds how many logits lie in each of ``BINS`` ranges, so that the range of the
-k-th largest is known. :func:`choose` then scores what lies above that range, and lists what lies in it; the last of a
+Several programs share a row. :func:`count` finds how many logits lie in each of ``BINS`` ranges, and so in which range
+the k-th largest lies. :func:`choose` then scores what lies above that range, and lists what lies in it; the last of a
 row's programs to finish finds the k-th largest on the list, and the best score of all.
 """
 
