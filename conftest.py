@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Close it."""
     os.close(config.stash[STDERR])
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` read the tests for GPUs only, since the others' packages may not be on such a machine."""
+    is_other = collection_path.match("test_*.py") and "pytest.mark.gpu" not in collection_path.read_text()
+    return True if config.option.markexpr == "gpu" and is_other else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,15 +6,24 @@ Its ids mean nothing, but documents are as long and as different as real ones.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from emulus.data.tokenize import tokenize
 from emulus.data.tokenize_config import TokenizeConfig
+from emulus.lazy import later
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.weights import save_vision_tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+else:
+    pa = later("pyarrow")
+    pc = later("pyarrow.compute")
+    pq = later("pyarrow.parquet")
 
 DATA = Path(__file__).parents[1] / "data/emoji"
 VISION = VisionTokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(), codebook_size=64)
@@ -57,4 +66,4 @@ def small_tokens(out: Path, *, pictures: int = 48, clips: int = 6, size: int = 3
 
 
 def _first(table: pa.Table, split: str, count: int) -> pa.Table:
-    return table.filter(pa.compute.field("split") == split).slice(0, count)
+    return table.filter(pc.field("split") == split).slice(0, count)

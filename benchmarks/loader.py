@@ -10,12 +10,10 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from benchmarks.harness import Case, Options, case, interleave_measured, main, require, timed
 from emulus.data.loader import Loader, ReadingConfig
@@ -23,8 +21,16 @@ from emulus.data.mixture import Mixture
 from emulus.data.records import Record, Shard, ShardLine, Span, add_to_manifest, shard_name, write_shard
 from emulus.data.tokens import SETTINGS
 from emulus.files import write_json
+from emulus.lazy import later
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    pa = later("pyarrow")
+    pq = later("pyarrow.parquet")
 
 Ids = npt.NDArray[np.uint32]
 Other = Literal["mmap", "parquet"]

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -29,11 +28,19 @@ from emulus.data.source import Item, Kind, even, open_source
 from emulus.data.tokenize import tokenize
 from emulus.data.tokenize_config import TokenizeConfig
 from emulus.data.tokens import Tokens
+from emulus.lazy import later
 from emulus.model import Decoder, sized
 from emulus.tokenizer.text import TextTokenizer
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig
 from emulus.tokenizer.vision.weights import load_vision_tokenizer
 from emulus.tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    pa = later("pyarrow")
+    pq = later("pyarrow.parquet")
 
 HOME = Path(__file__).parents[1]
 SETTINGS = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from emulus.kernels import gpu
 from emulus.kernels.where import Where
@@ -33,6 +34,7 @@ MODELS = {
 """The released ones and the shipped one."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 KINDS = ("bfloat16", "float32", "int8", "fp8", "int4")
+_SHORT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _VISUAL = 32768
 _CONSTANTS = (
     *("TOKENS", "ROWS", "WIDTH", "PARTS", "KIND", "COUNT", "GATED", "ADDED", "SCALED", "EVEN"),
@@ -100,6 +102,8 @@ def lines(architecture: str, models: list[str], kinds: list[str], tokens: list[i
         for model in models:
             for n in tokens:
                 for name, launch in cases(MODELS[model], n, kinds):
+                    if architecture == "sm_80" and ("fp8" in name or "float8" in name):
+                        continue  # these floats are known from sm_89 on
                     launches.clear()
                     launch()
                     for built in launches:
@@ -111,37 +115,41 @@ def lines(architecture: str, models: list[str], kinds: list[str], tokens: list[i
 def cases(config: DecoderConfig, n: int, kinds: list[str]) -> Iterator[Case]:
     """Every launch of a step of a decoder, with its name."""
     for kind in kinds:
-        for name, outs, ins in _matrices(config):
-            if not (name == "head" and kind == "int4"):
-                yield f"{name} {kind}", _product(kind, n, outs, ins)
+        for name, product in _products(config, n, kind):
+            yield f"{name} {kind}", product
     yield from _between(config, n)
     yield from _attention(config, n)
     yield from _choice(n)
 
 
-def _matrices(config: DecoderConfig) -> list[tuple[str, int, int]]:
-    hidden, heads, width = config.hidden_size, config.num_attention_heads, config.head_width
-    return [
-        ("q", heads * width, hidden),
-        ("k", config.num_key_value_heads * width, hidden),
-        ("o", hidden, heads * width),
-        ("gate", config.intermediate_size, hidden),
-        ("down", hidden, config.intermediate_size),
-        ("head", min(_VISUAL, config.vocab_size), hidden),
-    ]
+def _products(config: DecoderConfig, n: int, kind: str) -> Iterator[Case]:
+    hidden, inner, width = config.hidden_size, config.intermediate_size, config.head_width
+    heads, kv_heads = config.num_attention_heads * width, config.num_key_value_heads * width
+    q, k, gate = (_weight(kind, rows, hidden) for rows in (heads, kv_heads, inner))
+    yield "qkv", partial(gpu.linear_group, some(n, hidden), [q, k, k])
+    yield "o", partial(_linear, some(n, heads), _weight(kind, hidden, heads), some(n, hidden))
+    yield "gated", partial(gpu.gated, some(n, hidden), gate, gate)
+    yield "down", partial(_linear, some(n, inner), _weight(kind, hidden, inner), some(n, hidden))
+    if kind != "int4":  # the head never has so few bits
+        yield "head", partial(_linear, some(n, hidden), _weight(kind, min(_VISUAL, config.vocab_size), hidden), None)
 
 
-def _product(kind: str, n: int, outs: int, ins: int) -> Callable[[], object]:
-    x = some(n, ins)
+def _weight(kind: str, outs: int, ins: int) -> gpu.Weight:
     if kind == "int4":
         groups = -(-ins // 64)
-        q, ends = some(outs, groups * 32, dtype=torch.uint8), some(outs, groups)
-        return lambda: gpu.linear_int4(x, q, ends, ends)
-    if kind in ("int8", "fp8"):
-        scale = some(outs, 1, dtype=torch.float32)
-        whole = some(outs, ins, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn)
-        return lambda: (gpu.linear_int8 if kind == "int8" else gpu.linear_fp8)(x, whole, scale)
-    return lambda: gpu.linear(x, some(outs, ins, dtype=getattr(torch, kind)))
+        return some(outs, groups * 32, dtype=torch.uint8), some(outs, groups), some(outs, groups)
+    if kind in _SHORT:
+        return some(outs, ins, dtype=_SHORT[kind]), some(outs, 1, dtype=torch.float32), None
+    return some(outs, ins, dtype=getattr(torch, kind))
+
+
+def _linear(x: Tensor, weight: gpu.Weight, add: Tensor | None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return gpu.linear(x, weight, add=add)
+    q, scale, low = weight
+    if low is not None:
+        return gpu.linear_int4(x, q, scale, low, add=add)
+    return (gpu.linear_int8 if q.dtype == torch.int8 else gpu.linear_fp8)(x, q, scale, add=add)
 
 
 def _between(config: DecoderConfig, n: int) -> Iterator[Case]:
@@ -201,7 +209,7 @@ def _bytes_of_a_round(built: Built) -> int:
     if built.name == "linear_int4":
         return options["PARTS"] * options["ROWS"] * 32
     if built.name == "linear":
-        weights = built.args[1]
+        weights = built.args[1][0]
         return options["PARTS"] * options["ROWS"] * options["WIDTH"] * weights.element_size()
     if built.name == "attend":
         return 2 * options["BLOCK"] * options["WIDTH"] * options["LANE"].primitive_bitwidth // 8

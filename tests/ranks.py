@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_AFTER_A_FAILURE = 30.0
+"""Seconds that the other processes have when one has failed."""
+
 
 def run_ranks(world: int, work: Callable[..., Any], *args: object, seconds: float = 240) -> list[Any]:
     """What ``work(*args)`` returns on each of ``world`` gloo processes; ``None`` for one that ended without a word.
@@ -25,7 +29,7 @@ def run_ranks(world: int, work: Callable[..., Any], *args: object, seconds: floa
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            context.Process(target=_rank, args=(rank, world, f"{folder}/store", pipe[1], work, args))
+            context.Process(target=_rank, args=(rank, world, f"{folder}/store", pipe[1], seconds, work, args))
             for rank, pipe in enumerate(pipes)
         ]
         for process, pipe in zip(processes, pipes, strict=True):
@@ -34,7 +38,9 @@ def run_ranks(world: int, work: Callable[..., Any], *args: object, seconds: floa
         results: dict[Connection, Any] = {}
         try:
             while len(results) < world:
-                ready = wait([pipe[0] for pipe in pipes if pipe[0] not in results], seconds)
+                # The others may wait for one that failed, and need not notice.
+                patience = min(seconds, _AFTER_A_FAILURE) if _failures(results) else seconds
+                ready = wait([pipe[0] for pipe in pipes if pipe[0] not in results], patience)
                 if not ready:
                     break
                 for pipe in ready:
@@ -45,14 +51,18 @@ def run_ranks(world: int, work: Callable[..., Any], *args: object, seconds: floa
                 if len(results) < world:
                     process.kill()
                 process.join()
-        assert len(results) == world, "a process hangs"
-    failures = [result for result in results.values() if isinstance(result, Failure)]
-    assert not failures, "\n".join(str(failure) for failure in failures)
+    failures = _failures(results)
+    assert not failures, "\n".join(failures)
+    assert len(results) == world, "a process hangs"
     return [results[pipe[0]] for pipe in pipes]
 
 
 class Failure(str):
     """The traceback of a process."""
+
+
+def _failures(results: dict[Connection, Any]) -> list[Failure]:
+    return [result for result in results.values() if isinstance(result, Failure)]
 
 
 def _receive(pipe: Connection) -> Any:
@@ -70,7 +80,11 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _rank(rank: int, world: int, store: str, pipe: Connection, work: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    rank: int, world: int, store: str, pipe: Connection, seconds: float, work: Callable[..., Any], args: tuple
+) -> None:
+    # Where it is, just before the tests give up on it.
+    faulthandler.dump_traceback_later(0.9 * seconds)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # What torchrun would say.

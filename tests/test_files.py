@@ -110,6 +110,18 @@ def test_temporary_names_are_those_that_are_cleaned_up(tmp_path: Path) -> None:
     assert fnmatch.fnmatch(seen[1], ".step-*.tmp")
 
 
+def test_all_processes_of_a_run_may_ask_whether_another_writes_to_its_folder(tmp_path: Path) -> None:
+    with only_run(tmp_path):
+        pass
+
+    def ask(_: int) -> None:
+        check_not_running(tmp_path)
+
+    # Each opens the file anew, and so holds a lock of its own, as processes do.
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(ask, range(4000)))) == 4000
+
+
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     folder = tmp_path / "a/run"
     check_not_running(folder)

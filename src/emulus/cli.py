@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, TextIO, cast
 
 from emulus.errors import EmulusError, did_you_mean, one_line, shown
+from emulus.lazy import missing
 
 # verb: (module of emulus.commands, function, what it does)
 VERBS = {
@@ -208,5 +209,9 @@ def _run(verb: str, arguments: list[str]) -> int:
     from emulus.log import set_up_logging
 
     set_up_logging()
-    getattr(import_module(f"emulus.commands.{module}"), function)(arguments)
+    try:
+        commands = import_module(f"emulus.commands.{module}")
+    except ModuleNotFoundError as error:
+        raise missing(error) from None
+    getattr(commands, function)(arguments)
     return 0

@@ -249,6 +249,8 @@ def only_run(folder: Path) -> Iterator[None]:
 def check_not_running(folder: Path) -> None:
     """Refuse a folder that another run holds (see :func:`only_run`), before anything is computed; nothing is written.
 
+    All processes of a run may ask at the same time: each takes a lock that can be shared, for a moment.
+
     Raises:
         EmulusError: Another run holds it.
     """
@@ -257,7 +259,7 @@ def check_not_running(folder: Path) -> None:
     except OSError:
         return
     with file:
-        _lock(file, folder)
+        _lock(file, folder, shared=True)
 
 
 def _open_lock(path: Path) -> BinaryIO | None:
@@ -269,11 +271,11 @@ def _open_lock(path: Path) -> BinaryIO | None:
         raise
 
 
-def _lock(file: BinaryIO, folder: Path) -> None:
+def _lock(file: BinaryIO, folder: Path, *, shared: bool = False) -> None:
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "no locks on this system")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise EmulusError(
             f"another run is writing to {folder}; wait until it has ended, or choose another --out"

@@ -10,11 +10,15 @@ import itertools
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
-
-import tyro
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emulus.errors import UsageError, shown
+from emulus.lazy import later
+
+if TYPE_CHECKING:
+    import tyro
+else:
+    tyro = later("tyro")
 
 Options = TypeVar("Options")
 

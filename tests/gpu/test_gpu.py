@@ -49,6 +49,8 @@ def test_every_task(both: tuple[Emulus, Emulus]) -> None:
 
 
 def test_both_trainings(tiny: Emulus, shapes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("array_record")
+    pytest.importorskip("grain")
     quick = TrainConfig(steps=6, learning_rate=3e-3, warmup_steps=2, save_every=3, evaluate_every=3, device="cuda")
     vision = TokenizerTrainConfig(
         data=shapes,

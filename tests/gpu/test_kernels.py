@@ -96,10 +96,41 @@ class TestProducts:
             part = gpu.linear(x[rows], weight) if layer is None else _product(x[rows], layer)
             assert torch.equal(part, whole[rows])
 
+    @pytest.mark.parametrize("kind", ["plain", "int8", "fp8", "int4"])
+    @pytest.mark.parametrize("n", [2, 13, 40])
+    def test_several_in_one_launch(self, kind: str, n: int) -> None:
+        x, add = draw(n, 520), draw(n, 48)
+        layers = [_stored(draw(outs, 520), kind) for outs in (48, 33, 33, 33)]
+        apart = [_times(x, layer) for layer in layers]
+        for ours, theirs in (
+            (_times(x, layers[0], add=add), add + apart[0]),
+            (gpu.linear_group(x, layers[:3]), torch.cat(apart[:3], dim=1)),
+            (gpu.linear_group(x, layers[:1]), apart[0]),
+            (gpu.gated(x, *layers[2:]), gpu.silu_mul(*apart[2:])),
+        ):
+            if INTERPRETED:
+                # NumPy sums up in another order for another shape.
+                torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.01)
+            else:
+                assert torch.equal(ours, theirs)
+
     def test_many_tokens(self) -> None:
         x, weight = draw(gpu.FEW + 1, 64), draw(32, 64, dtype=torch.float32)
         close(gpu.linear(x, weight), x.double() @ weight.double().T, 6e-3)
         assert gpu.linear(x.float(), weight.to(BF16)).dtype == torch.float32
+
+
+def _stored(weight: Tensor, kind: str) -> gpu.Weight:
+    return weight if kind == "plain" else quantize(weight.float(), kind).packed()
+
+
+def _times(x: Tensor, weight: gpu.Weight, **options: Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return gpu.linear(x, weight, **options)
+    q, scale, low = weight
+    if low is not None:
+        return gpu.linear_int4(x, q, scale, low, **options)
+    return (gpu.linear_int8 if q.dtype == torch.int8 else gpu.linear_fp8)(x, q, scale, **options)
 
 
 def _product(x: Tensor, layer: QuantizedLinear) -> Tensor:

@@ -28,6 +28,7 @@ from emulus.data.order import hashed, mixed, shuffled, uniform
 from emulus.data.records import REMEDY, Ids32, Record
 from emulus.data.source import even
 from emulus.errors import EmulusError, at_least
+from emulus.lazy import missing
 from emulus.sequence.packing import Batch, join, pack
 from emulus.tokenizer.vocabulary import Vocabulary
 
@@ -602,6 +603,8 @@ def _grain() -> ModuleType:
     log.setLevel(logging.ERROR)
     try:
         import grain
+    except ModuleNotFoundError as error:
+        raise missing(error) from None
     finally:
         log.setLevel(level)
     return grain

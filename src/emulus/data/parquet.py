@@ -9,14 +9,19 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from emulus.data.sources.account import LeftOutError
 from emulus.data.stored import LFS_REASON, MAX_MEMBER, content_of, crc_of, head_of, inside, is_lfs_pointer
 from emulus.errors import EmulusError, shown
+from emulus.lazy import later
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    pa = later("pyarrow")
+    pq = later("pyarrow.parquet")
 
 BUFFER = 2**20
 """Bytes of a column that are read from the disk at a time."""

@@ -26,7 +26,6 @@ from typing import BinaryIO, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -34,6 +33,9 @@ from emulus.codec import decode_fields, parse_json
 from emulus.data.origin import Origin
 from emulus.errors import EmulusError, at_least, shown
 from emulus.files import disk_errors, fsync, write_file
+from emulus.lazy import later
+
+array_record = later("array_record.python.array_record_module")
 
 Kind = Literal["text", "image", "video"]
 Role = Literal["text", "caption", "question", "answer", "media"]
@@ -328,7 +330,7 @@ def write_shard(path: Path, records: Iterable[Record], skipped: list[Skipped] | 
 
     def write(temporary: Path) -> None:
         with _package_errors():
-            writer = ArrayRecordWriter(str(temporary), _WRITER)
+            writer = array_record.ArrayRecordWriter(str(temporary), _WRITER)
         for record in records:
             try:
                 data = pack_record(record)
@@ -517,7 +519,7 @@ class Shard:
         self.path = path
         if not path.is_file():
             raise EmulusError(f"{path} is missing; run the same tokenize command again")
-        self._reader = ArrayRecordReader(str(path), _READER, file_reader_buffer_size=_READER_BUFFER)
+        self._reader = array_record.ArrayRecordReader(str(path), _READER, file_reader_buffer_size=_READER_BUFFER)
         if not self._reader.ok():
             raise EmulusError(f"{path} is cut off, damaged or no ArrayRecord file; {REMEDY}")
 

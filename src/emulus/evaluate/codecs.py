@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from io import BytesIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import av
 import numpy as np
 import PIL.Image
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emulus.lazy import later
 from emulus.media import image_to_pixels, read_image, resize
 from emulus.tokenizer.vision.metrics import psnr, ssim
+
+if TYPE_CHECKING:
+    import av
+else:
+    av = later("av")
 
 Codec = Literal["WebP", "JPEG"]
 ClipCodec = Literal["WebP", "JPEG", "VP9"]

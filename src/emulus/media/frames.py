@@ -10,22 +10,25 @@ import struct
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import av
 import numpy as np
-from av.codec.context import CodecContext
-from av.sidedata.sidedata import Type as SideData
-from av.stream import Disposition
 from PIL import Image, ImageFile
 
 from emulus.errors import EmulusError
+from emulus.lazy import later
 from emulus.media.colour import rgb_profile
 from emulus.media.display import Colour, Look, display, look_of, turn_of_matrix
 from emulus.media.hdr import HLG, PQ, to_screen
 from emulus.media.image import open_picture
 from emulus.media.limits import Limits
 from emulus.media.source import decoding
+
+if TYPE_CHECKING:
+    import av
+    import av.sidedata.sidedata
+else:
+    av = later("av")
 
 # Containers of one file. Playlists are left out, since they make the reader open other files and addresses.
 CONTAINERS = (
@@ -186,8 +189,9 @@ def _shown(image: Image.Image, look: Look, name: str, limits: Limits) -> Image.I
 
 def open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
     """Open a video; its frames are not decoded yet (raises EmulusError)."""
+    open_file = av.open  # fails here where PyAV is not installed
     try:
-        return av.open(file, "r", options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace")
+        return open_file(file, "r", options={"format_whitelist": ",".join(CONTAINERS)}, metadata_errors="replace")
     except Exception as error:
         raise EmulusError(
             f"{name} is neither an image nor a clip that can be read: it is corrupt, truncated or of an unknown "
@@ -198,7 +202,8 @@ def open_container(file: BinaryIO, name: str) -> av.container.InputContainer:
 def video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
     """Find the film in a container; None where there is only sound."""
     # The cover picture of a song is a video stream as well.
-    films = (stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic)
+    cover = av.stream.Disposition.attached_pic
+    films = (stream for stream in container.streams.video if not stream.disposition & cover)
     return next(films, None)
 
 
@@ -296,7 +301,7 @@ def _alpha_decoder(stream: av.VideoStream, limits: Limits) -> Callable[[Any], li
     if kind is None or stream.metadata.get("alpha_mode") != "1":
         return None
     try:
-        codec = CodecContext.create(kind, "r")
+        codec = av.CodecContext.create(kind, "r")
     except Exception:
         return None
     _prepare(codec, 0, limits)
@@ -313,7 +318,8 @@ def _look_of_stream(stream: av.VideoStream, frame: av.VideoFrame, background: Co
         found = {data.type: bytes(data) for data in side_data}
     except ValueError:
         return replace(look, turn=_TURNS.get(frame.rotation % 360))
-    matrix, profile = found.get(SideData.DISPLAYMATRIX, b""), found.get(SideData.ICC_PROFILE)
+    kinds = av.sidedata.sidedata.Type
+    matrix, profile = found.get(kinds.DISPLAYMATRIX, b""), found.get(kinds.ICC_PROFILE)
     turn = turn_of_matrix(struct.unpack("=9i", matrix[:36])) if len(matrix) >= 36 else None
     return replace(look, turn=turn, profile=profile)
 

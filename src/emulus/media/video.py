@@ -10,13 +10,13 @@ from fractions import Fraction
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import av
 import numpy as np
 from PIL import Image
 
 from emulus.errors import EmulusError
+from emulus.lazy import later
 from emulus.media.clip import Clip, check_fps, resample
 from emulus.media.display import WHITE, Colour
 from emulus.media.frames import TOO_SHORT, Timed, Wanted, is_animated, open_container, timed_frames, video_stream
@@ -24,6 +24,11 @@ from emulus.media.image import WRITABLE, as_rgb, by_suffix, finish, open_picture
 from emulus.media.limits import LIMITS, Limits
 from emulus.media.resize import resize
 from emulus.media.source import ImageSource, encoding, given_image, name_of, opened
+
+if TYPE_CHECKING:
+    import av
+else:
+    av = later("av")
 
 # A clip read at its own rate is not given more frames a second than this to render uneven durations.
 MAX_OWN_FPS = 60

@@ -41,9 +41,12 @@ class Chunk(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Row:
-    """How the ids that are here attend.
+    """How the ids that are here attend; never changed once made.
+
+    Not frozen: torch.compile (2.11) guards on the contents of frozen dataclasses, so that compiled blocks would be
+    compiled again for each number of documents.
 
     Attributes:
         lengths: Ids of each document of the whole row.

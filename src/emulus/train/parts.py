@@ -46,6 +46,7 @@ from torch.futures import Future
 
 from emulus.errors import EmulusError
 from emulus.files import fsync
+from emulus.train.slab import Slab
 from emulus.weights import Stored, read_tensor
 
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
@@ -60,11 +61,16 @@ class HostCopy:
 
     def __init__(self) -> None:
         self.items: list[WriteItem] = []
-        self.buffers: dict[str, Tensor] = {}
+        self._slab = Slab({})
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The copies, by name."""
+        return self._slab.buffers
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors as they are now."""
-        items, buffers = [], {}
+        items, parts = [], {}
         for name, tensor in tensors.items():
             local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
             chunk = _chunk(tensor)
@@ -72,14 +78,16 @@ class HostCopy:
             # Empty parts begin where another process's part may begin, and would be taken for it.
             if local.numel() == 0 and tensor.numel() > 0:
                 continue
-            buffer = self.buffers.get(name)
-            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
-                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            buffers[name] = buffer.copy_(local, non_blocking=True)
+            parts[name] = local
             items.append(_item(name, chunk, tensor))
+        if not self._slab.fits(parts):
+            self._slab = Slab({})  # the memory is given back before more is taken
+            self._slab = Slab(parts)
+        for name, local in parts.items():
+            self.buffers[name].copy_(local, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        self.items, self.buffers = items, buffers
+        self.items = items
 
     def write(self, folder: Path, group: dist.ProcessGroup | None) -> Shapes:
         """Write what was copied.

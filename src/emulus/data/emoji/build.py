@@ -6,11 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from emulus.data.emoji import art
@@ -34,32 +33,33 @@ from emulus.data.emoji.versions import Version, number_from, versions_of
 from emulus.data.source import Split
 from emulus.errors import EmulusError, at_least
 from emulus.files import write_file, write_text
+from emulus.lazy import later
 from emulus.media.source import decoding
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    pa = later("pyarrow")
+    pq = later("pyarrow.parquet")
 
 PICTURE_STYLES: dict[str, Package] = {"3d": PICTURES_3D, "flat": FLAT, "noto": NOTO, "twemoji": TWEMOJI}
 _TONE_STYLES = ("3d", "noto")
 
-_QUESTION = pa.struct([pa.field("question", pa.string()), pa.field("answer", pa.string())])
-_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("media", pa.binary(), nullable=False),
-        pa.field("captions", pa.list_(pa.string()), nullable=False),
-        pa.field("questions", pa.list_(_QUESTION), nullable=False),
-        pa.field("label", pa.string(), nullable=False),
-        pa.field("style", pa.string(), nullable=False),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("background", pa.string(), nullable=False),
-    ]
-)
+_COLUMNS = ("id", "split", "kind", "media", "captions", "questions", "label", "style", "group", "background")
 _LEAVES = (
-    *(name for name in _SCHEMA.names if name not in ("captions", "questions")),
+    *(name for name in _COLUMNS if name not in ("captions", "questions")),
     "captions.list.element",
     "questions.list.element.question",
     "questions.list.element.answer",
 )
+
+
+@lru_cache(maxsize=1)
+def _schema() -> pa.Schema:
+    question = pa.struct([pa.field("question", pa.string()), pa.field("answer", pa.string())])
+    kinds = {"media": pa.binary(), "captions": pa.list_(pa.string()), "questions": pa.list_(question)}
+    return pa.schema([pa.field(name, kinds.get(name, pa.string()), nullable=False) for name in _COLUMNS])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def _check(config: EmojiConfig) -> None:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=_schema())
     # Media is compressed already; words shrink to a quarter. A list is compressed by the name of its leaves.
     compression = {leaf: "none" if leaf == "media" else "zstd" for leaf in _LEAVES}
     write_file(

@@ -5,11 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from emulus.data.item import ArrowCell, ParquetCell
 from emulus.data.parquet import BUFFER, arrow_batches, arrow_errors, parquet_errors
@@ -27,6 +23,16 @@ from emulus.data.sources.columns import (
 )
 from emulus.data.sources.rows import Row
 from emulus.errors import EmulusError, shown
+from emulus.lazy import later
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+else:
+    pa = later("pyarrow")
+    pc = later("pyarrow.compute")
+    pq = later("pyarrow.parquet")
 
 MAX_WORDS = 2**24
 """Bytes of the words of one row."""

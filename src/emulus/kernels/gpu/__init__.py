@@ -15,17 +15,20 @@ import torch
 
 from emulus.kernels.gpu.attention import attend, rotate_and_store
 from emulus.kernels.gpu.choice import choose
-from emulus.kernels.gpu.products import FEW, linear, linear_fp8, linear_int4, linear_int8
+from emulus.kernels.gpu.products import FEW, Weight, gated, linear, linear_fp8, linear_group, linear_int4, linear_int8
 from emulus.kernels.gpu.rows import rms_norm, silu_mul
 from emulus.log import logger
 
 __all__ = [
     "FEW",
+    "Weight",
     "attend",
     "available",
     "choose",
+    "gated",
     "linear",
     "linear_fp8",
+    "linear_group",
     "linear_int4",
     "linear_int8",
     "rms_norm",

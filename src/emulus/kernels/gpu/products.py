@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +15,7 @@ from emulus.kernels.gpu import launch
 if find_spec("triton") is not None:
     from emulus.kernels.programs import products as programs
 
-FEW = 64
+FEW = 128
 """More tokens than this and a product waits for arithmetic instead, which PyTorch's own is better at."""
 
 # Inputs of a row that one warp takes at a time, by the bytes of a weight; warps that share a block of rows.
@@ -27,7 +28,14 @@ _GROUP = 64
 _ON_THE_WAY = 100 * 1024
 
 
-def linear(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "n out"]:
+Tensors = tuple[Tensor, ...]
+Weight = Tensor | tuple[Tensor, Tensor, Tensor | None]
+"""A matrix: as it is, or its whole numbers (or floats of 8 bits), scales and low ends."""
+
+
+def linear(
+    x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], *, add: Float[Tensor, "n out"] | None = None
+) -> Float[Tensor, "n out"]:
     """Multiply by a matrix.
 
     A few tokens in bfloat16 take a kernel of this module: PyTorch's chooses another order of summation for another
@@ -36,24 +44,34 @@ def linear(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"]) -> Float[T
     Args:
         x: Activations.
         weight: bfloat16 or float32, possibly a slice of another's rows.
+        add: What to add to the rounded product, in the activations' type.
     """
     if x.dtype != torch.bfloat16 or len(x) > FEW or weight.dtype not in (torch.bfloat16, torch.float32):
-        return F.linear(x, weight.to(x.dtype))
-    return _linear(x, weight, None)
+        product = F.linear(x, weight.to(x.dtype))
+        return product if add is None else add + product
+    return _multiply(x, [weight], add=add)
 
 
 def linear_int8(
-    x: Float[Tensor, "n in"], q: Int[Tensor, "out in"], scale: Float[Tensor, "out 1"]
+    x: Float[Tensor, "n in"],
+    q: Int[Tensor, "out in"],
+    scale: Float[Tensor, "out 1"],
+    *,
+    add: Float[Tensor, "n out"] | None = None,
 ) -> Float[Tensor, "n out"]:
-    """Multiply by a matrix of whole numbers in 8 bits, a scale a row."""
-    return _linear(x, q, scale)
+    """Multiply by a matrix of whole numbers in 8 bits, a scale a row; ``add`` as in :func:`linear`."""
+    return _multiply(x, [(q, scale, None)], add=add)
 
 
 def linear_fp8(
-    x: Float[Tensor, "n in"], q: Float[Tensor, "out in"], scale: Float[Tensor, "out 1"]
+    x: Float[Tensor, "n in"],
+    q: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out 1"],
+    *,
+    add: Float[Tensor, "n out"] | None = None,
 ) -> Float[Tensor, "n out"]:
-    """Multiply by a matrix of float8_e4m3fn, a scale a row."""
-    return _linear(x, q, scale)
+    """Multiply by a matrix of float8_e4m3fn, a scale a row; ``add`` as in :func:`linear`."""
+    return _multiply(x, [(q, scale, None)], add=add)
 
 
 def linear_int4(
@@ -61,6 +79,8 @@ def linear_int4(
     q: UInt8[Tensor, "out bytes"],
     scale: BFloat16[Tensor, "out groups"],
     low: BFloat16[Tensor, "out groups"],
+    *,
+    add: Float[Tensor, "n out"] | None = None,
 ) -> Float[Tensor, "n out"]:
     """Multiply by a matrix in 4 bits, scale and low end a group of 64 inputs.
 
@@ -69,54 +89,117 @@ def linear_int4(
         q: Two neighbouring inputs a byte, the first in the low half; ``32 * groups`` bytes a row.
         scale: Of each row and group.
         low: Likewise.
+        add: As in :func:`linear`.
     """
-    n, outs, groups = len(x), len(q), scale.shape[1]
-    out = torch.empty(n, outs, dtype=x.dtype, device=x.device)
-    x = F.pad(x, (0, groups * _GROUP - x.shape[1])).to(torch.bfloat16).contiguous()
-    tokens, rows = _tile(n, outs)
+    return _multiply(x, [(q, scale, low)], add=add)
+
+
+def linear_group(x: Float[Tensor, "n in"], weights: Sequence[Weight]) -> Float[Tensor, "n out"]:
+    """Multiply by several matrices at once, bit for bit as one by one.
+
+    Args:
+        x: Activations, at most ``FEW`` tokens.
+        weights: One to three matrices of one kind and width.
+
+    Returns:
+        The products side by side.
+    """
+    return _multiply(x, weights)
+
+
+def gated(x: Float[Tensor, "n in"], gate: Weight, up: Weight) -> Float[Tensor, "n out"]:
+    """Compute ``silu(x @ gate.T) * (x @ up.T)``, bit for bit as two products and :func:`emulus.kernels.gpu.silu_mul`.
+
+    Args:
+        x: Activations, at most ``FEW`` tokens.
+        gate: A matrix.
+        up: Another of the same kind and shape.
+    """
+    return _multiply(x, [gate, up], is_gated=True)
+
+
+def _multiply(x: Tensor, weights: Sequence[Weight], *, add: Tensor | None = None, is_gated: bool = False) -> Tensor:
+    """Launch one kernel for all products of ``x``."""
+    parts = [(weight, None, None) if isinstance(weight, Tensor) else weight for weight in weights]
+    qs, scales, lows = (tuple(column) for column in zip(*parts, strict=True))
+    outs = tuple(len(q) for q in qs)
+    out = torch.empty(len(x), outs[0] if is_gated else sum(outs), dtype=x.dtype, device=x.device)
+    rest = (None if add is None else add.contiguous(), out, len(x), outs)
+    if lows[0] is None:
+        _launch(x, qs, None if scales[0] is None else scales, *rest, is_gated)
+    else:
+        _launch_int4(x, qs, scales, lows, *rest, is_gated)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    weights: Tensors,
+    scales: Tensors | None,
+    add: Tensor | None,
+    out: Tensor,
+    n: int,
+    outs: tuple[int, ...],
+    is_gated: bool,
+) -> None:
+    part, ins, (tokens, rows) = x.to(torch.bfloat16), x.shape[1], _tile(n, sum(outs))
+    dtype, size = weights[0].dtype, weights[0].element_size()
+    width = _WIDTHS[size]
+    launch.run(
+        programs.linear,
+        (launch.blocks(n, tokens), launch.blocks(sum(outs), rows)),
+        *(part, weights, scales, add, out, n, outs, ins),
+        # The stride of a single row can be anything, and another number would be another kernel.
+        *(part.stride(0) if n > 1 else ins, _strides(weights), None if scales is None else _strides(scales)),
+        TOKENS=tokens,
+        ROWS=rows,
+        WIDTH=width,
+        PARTS=_PARTS,
+        KIND={torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(dtype, programs.CAST),
+        GATED=is_gated,
+        EVEN=ins % (width * _PARTS) == 0,
+        DOT=launch.dot(torch.bfloat16),
+        num_warps=_PARTS,
+        num_stages=_stages(_PARTS * width * (rows * size + tokens * 2)),
+    )
+
+
+def _launch_int4(
+    x: Tensor,
+    weights: Tensors,
+    scales: Tensors,
+    lows: Tensors,
+    add: Tensor | None,
+    out: Tensor,
+    n: int,
+    outs: tuple[int, ...],
+    is_gated: bool,
+) -> None:
+    groups, (tokens, rows) = scales[0].shape[1], _tile(n, sum(outs))
+    if x.shape[1] < groups * _GROUP:
+        x = F.pad(x, (0, groups * _GROUP - x.shape[1]))
+    words = tuple(weight.view(torch.int16) for weight in weights)
     # With fewer rows the scales are copied 2 bytes at a time, which cannot be done on the way; with more rows of many
     # tokens the sums do not fit into the registers.
     rows = 32 if tokens > 16 else max(32, rows)
     launch.run(
         programs.linear_int4,
-        (launch.blocks(n, tokens), launch.blocks(outs, rows)),
-        *(x.view(torch.int64), q.view(torch.int16), scale, low, out),
-        *(n, outs, groups, q.stride(0) // 2, scale.stride(0)),
+        (launch.blocks(n, tokens), launch.blocks(sum(outs), rows)),
+        *(x.to(torch.bfloat16).contiguous().view(torch.int64), words, scales, lows, add, out, n, outs, groups),
+        *(_strides(words), _strides(scales)),
         TOKENS=tokens,
         ROWS=rows,
         PARTS=_GROUPS,
+        GATED=is_gated,
         EVEN=groups % _GROUPS == 0,
         DOT=launch.dot(torch.bfloat16),
         num_warps=8,
         num_stages=_stages(_GROUPS * (rows * (_GROUP // 2 + 4) + tokens * _GROUP * 2)),
     )
-    return out
 
 
-def _linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    (n, ins), outs = x.shape, len(weight)
-    part = x.to(torch.bfloat16)
-    out = torch.empty(n, outs, dtype=x.dtype, device=x.device)
-    tokens, rows = _tile(n, outs)
-    width = _WIDTHS[weight.element_size()]
-    kind = {torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(weight.dtype, programs.CAST)
-    launch.run(
-        programs.linear,
-        (launch.blocks(n, tokens), launch.blocks(outs, rows)),
-        *(part, weight, out if scale is None else scale, out),
-        *(n, outs, ins, part.stride(0), weight.stride(0)),
-        TOKENS=tokens,
-        ROWS=rows,
-        WIDTH=width,
-        PARTS=_PARTS,
-        KIND=kind,
-        SCALED=scale is not None,
-        EVEN=ins % (width * _PARTS) == 0,
-        DOT=launch.dot(torch.bfloat16),
-        num_warps=_PARTS,
-        num_stages=_stages(_PARTS * width * (rows * weight.element_size() + tokens * 2)),
-    )
-    return out
+def _strides(matrices: Tensors) -> tuple[int, ...]:
+    return tuple(matrix.stride(0) for matrix in matrices)
 
 
 def _tile(n: int, outs: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from emulus.kernels.programs.common import INTERPRETED
+from emulus.kernels.programs.rows import silu_times
 
 # The interpreter can neither multiply bfloat16 matrices nor read assembly.
 _ASSEMBLY = tl.constexpr(not INTERPRETED)
@@ -22,53 +23,116 @@ _GROUP = tl.constexpr(64)
 
 
 @triton.jit
+def _place(program, outs, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """Rows of the result that a program computes, and which row of the matrices, one below another, each takes.
+
+    Rows past the end take the last one and are not stored: no load of weights needs a mask. If ``GATED``, rows of two
+    matrices take turns.
+    """
+    total = outs[0]
+    for i in tl.static_range(1, len(outs)):
+        total += outs[i]
+    rows = program * ROWS + tl.arange(0, ROWS)
+    taken = tl.minimum(rows, total - 1)
+    if GATED:
+        taken = taken // 2 + taken % 2 * outs[0]
+    return rows, taken, total
+
+
+@triton.jit
+def _row_at(matrices, strides, outs, row):
+    """Where rows of matrices that lie one below another begin."""
+    at = matrices[0] + row.to(tl.int64) * strides[0]
+    first = outs[0]
+    for i in tl.static_range(1, len(matrices)):
+        at = tl.where(row >= first, matrices[i] + (row - first).to(tl.int64) * strides[i], at)
+        first += outs[i]
+    return at
+
+
+@triton.jit
+def _read(tokens, n, TOKENS: tl.constexpr):
+    """Which tokens to read: where there are few, no other; else the last one stands for those past the end.
+
+    Masks cost registers and instructions, but few tokens are often fewer than ``TOKENS``.
+    """
+    if TOKENS > 8:  # noqa: SIM108
+        here = tl.full((TOKENS,), 1, tl.int1)
+    else:
+        here = tokens < n
+    return here
+
+
+@triton.jit
+def _finish(sums, out, add, n, total, tokens, rows, GATED: tl.constexpr):
+    """Round the products as they would be if they stood alone, do what comes after them, and store."""
+    typed = out.dtype.element_ty
+    if GATED:
+        pairs = tl.reshape(sums, (sums.shape[0] // 2, 2, sums.shape[1]))
+        gate, up = tl.split(tl.permute(pairs, (0, 2, 1)))
+        sums = silu_times(gate.to(typed).to(tl.float32), up.to(typed).to(tl.float32))
+        total = total // 2
+        rows = tl.program_id(1) * sums.shape[0] + tl.arange(0, sums.shape[0])
+    at = tokens.to(tl.int64)[None, :] * total + rows[:, None]
+    inside = (tokens < n)[None, :] & (rows < total)[:, None]
+    if add is not None:
+        sums = sums.to(typed).to(tl.float32) + tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(typed), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
 def linear(
     x,
-    weight,
-    scale,
+    weights,
+    scales,
+    add,
     out,
     n,
     outs,
     ins,
     x_stride,
-    weight_stride,
+    strides,
+    scale_strides,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     KIND: tl.constexpr,
-    SCALED: tl.constexpr,
+    GATED: tl.constexpr,
     EVEN: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """Rows of ``weight`` times ``TOKENS`` tokens; a row's scale, if any, is multiplied at the end."""
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """Rows of ``weights`` times ``TOKENS`` tokens; a row's scale, if any, is multiplied at the end."""
+    rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    # Rows past the end are read as the last one and not stored: no load of weights needs a mask.
-    row_at = (tl.minimum(rows, outs - 1).to(tl.int64) * weight_stride)[None, :, None]
-    token_at = (tokens * x_stride)[None, None, :]
-    here = (tokens < n)[None, None, :]
+    row_at = _row_at(weights, strides, outs, row)[None, :, None]
+    token_at = (tl.minimum(tokens, n - 1) * x_stride)[None, None, :]
+    here = _read(tokens, n, TOKENS)[None, None, :]
     inner = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    total = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
+    sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for start in range(0, ins, PARTS * WIDTH):
         columns = start + inner
         if EVEN:
-            w = tl.load(weight + row_at + columns[:, None, :])
+            w = tl.load(row_at + columns[:, None, :])
             part = tl.load(x + token_at + columns[:, :, None], mask=here, other=0.0)
         else:
-            w = tl.load(weight + row_at + columns[:, None, :], mask=(columns < ins)[:, None, :], other=0.0)
+            w = tl.load(row_at + columns[:, None, :], mask=(columns < ins)[:, None, :], other=0.0)
             part = tl.load(x + token_at + columns[:, :, None], mask=here & (columns < ins)[:, :, None], other=0.0)
         if KIND == ROUND:
             w = w.to(tl.bfloat16)
         elif KIND == FP8:
             # By this detour every step has an instruction of full speed.
             w = w.to(tl.float16).to(tl.float32)
-        total = tl.dot(w.to(DOT), part.to(DOT), total)
-    sums = tl.sum(total, 0)
-    if SCALED:
-        sums *= tl.load(scale + rows, mask=rows < outs, other=0.0)[:, None]
-    at = tokens.to(tl.int64)[None, :] * outs + rows[:, None]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(tokens < n)[None, :] & (rows < outs)[:, None])
+        sums = tl.dot(w.to(DOT), part.to(DOT), sums)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    product = tl.sum(sums, 0)
+    if scales is not None:
+        product *= tl.load(_row_at(scales, scale_strides, outs, row))[:, None]
+    _finish(product, out, add, n, total, tokens, rows, GATED)
 
 
 @triton.jit
@@ -93,50 +157,55 @@ def _from_int4(words, scale, low, NUMBER: tl.constexpr):
     return weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def linear_int4(
     x,
-    q,
-    scale,
-    low,
+    weights,
+    scales,
+    lows,
+    add,
     out,
     n,
     outs,
     groups,
-    q_stride,
-    scale_stride,
+    strides,
+    scale_strides,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    GATED: tl.constexpr,
     EVEN: tl.constexpr,
     DOT: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """Like :func:`linear`; ``q`` and ``x`` are read as words of four inputs, one of which is multiplied at a time."""
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """Like :func:`linear`; weights and ``x`` are read as words of four inputs, one of which is multiplied at a time."""
+    rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row = tl.minimum(rows, outs - 1).to(tl.int64)
-    token_at = (tokens * (groups * (_GROUP // 4)))[None, None, :]
-    here = (tokens < n)[None, None, :]
-    total = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
+    row_at = _row_at(weights, strides, outs, row)[None, :, None]
+    scale_at = _row_at(scales, scale_strides, outs, row)[None, :]
+    low_at = _row_at(lows, scale_strides, outs, row)[None, :]
+    token_at = (tl.minimum(tokens, n - 1) * (groups * (_GROUP // 4)))[None, None, :]
+    here = _read(tokens, n, TOKENS)[None, None, :]
+    sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for start in range(0, groups, PARTS):
         group = start + tl.arange(0, PARTS)
         inner = group[:, None] * (_GROUP // 4) + tl.arange(0, _GROUP // 4)[None, :]
-        words_at = q + (row * q_stride)[None, :, None] + inner[:, None, :]
-        ends_at = (row * scale_stride)[None, :] + group[:, None]
         if EVEN:
-            words = tl.load(words_at)
-            steps, least = tl.load(scale + ends_at), tl.load(low + ends_at)
+            words = tl.load(row_at + inner[:, None, :])
+            steps, least = tl.load(scale_at + group[:, None]), tl.load(low_at + group[:, None])
             fours = tl.load(x + token_at + inner[:, :, None], mask=here, other=0)
         else:
             inside = (group < groups)[:, None]
-            words = tl.load(words_at, mask=inside[:, :, None], other=0)
-            steps = tl.load(scale + ends_at, mask=inside, other=0.0)
-            least = tl.load(low + ends_at, mask=inside, other=0.0)
+            words = tl.load(row_at + inner[:, None, :], mask=inside[:, :, None], other=0)
+            steps = tl.load(scale_at + group[:, None], mask=inside, other=0.0)
+            least = tl.load(low_at + group[:, None], mask=inside, other=0.0)
             fours = tl.load(x + token_at + inner[:, :, None], mask=here & inside[:, :, None], other=0)
         for number in tl.static_range(4):
             part = (fours >> (16 * number)).to(tl.int16).to(tl.bfloat16, bitcast=True)
             w = _from_int4(words, steps[:, :, None], least[:, :, None], number)
-            total = tl.dot(w.to(DOT), part.to(DOT), total)
-    sums = tl.sum(total, 0)
-    at = tokens.to(tl.int64)[None, :] * outs + rows[:, None]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(tokens < n)[None, :] & (rows < outs)[:, None])
+            sums = tl.dot(w.to(DOT), part.to(DOT), sums)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    _finish(tl.sum(sums, 0), out, add, n, total, tokens, rows, GATED)

@@ -1,0 +1,65 @@
+"""Every GPU kernel, built for cards that are not there, computes in registers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from emulus.kernels import gpu
+from scripts import build_kernels
+from scripts.built import ARCHITECTURES, SHARED_MEMORY, Built, building, some
+from tests.kernels.test_gpu import needs_triton
+
+pytestmark = needs_triton
+
+
+def check(lines: list[build_kernels.Line]) -> None:
+    """Assert that kernels fit and keep what they compute with in registers."""
+    assert lines
+    for line in lines:
+        assert (line.usage.stack, line.usage.spills) == (0, 0), line
+        assert line.usage.shared <= SHARED_MEMORY[line.architecture], line
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_of_two_tokens(architecture: str) -> None:
+    check(list(build_kernels.lines(architecture, ["emu3-8b"], ["bfloat16", "int4"], [2], "")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_step(architecture: str) -> None:
+    models, kinds, tokens = build_kernels.MODELS, build_kernels.KINDS, build_kernels.TOKENS
+    check(list(build_kernels.lines(architecture, list(models), list(kinds), list(tokens), "")))
+
+
+@pytest.fixture
+def hopper(tmp_path: Path) -> list[Built]:
+    """Launches so far, built for Hopper."""
+    with building("sm_90", tmp_path) as launches:
+        yield launches
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+def test_nothing_is_built_while_serving(hopper: list[Built], kind: str) -> None:
+    """A number of tokens is no new variant, unless it takes another size of tile."""
+    weight = build_kernels._weight(kind, 64, 1024)
+    for n in (1, 2, 5, 8, 9, 16, 17, 37, 48, 64, 128):
+        gpu.linear_group(some(n, 1024), [weight, weight])
+    assert len({launch.kernel.hash for launch in hopper}) == 3
+
+
+def test_rows_are_no_new_variant(hopper: list[Built]) -> None:
+    for n in (1, 2, 16, 37):
+        gpu.rms_norm(some(n, 1024), some(1024), 1e-5)
+        gpu.silu_mul(some(n, 1024), some(n, 1024))
+    assert len({launch.kernel.hash for launch in hopper}) == 2
+
+
+def test_launches_overlap_on_hopper_alone(tmp_path: Path) -> None:
+    for architecture, waits in (("sm_80", 0), ("sm_90", 1)):
+        with building(architecture, tmp_path / architecture) as launches:
+            gpu.linear(some(2, 1024), some(64, 1024, dtype=torch.bfloat16), add=some(2, 64))
+        assert launches[0].kernel.asm["ptx"].count("griddepcontrol.wait") == waits
