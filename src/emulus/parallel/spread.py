@@ -48,8 +48,18 @@ def spread(model: Decoder, processes: Processes, *, bfloat16: bool = False) -> N
             # Inside of what is computed again, where compiled code may not begin outside of it.
             block.add = torch.compile(block.add)  # type: ignore[method-assign]
     mesh = _sharding_mesh(processes.weights, sizes)
-    if mesh is None:
-        return
+    if mesh is not None:
+        shard(model, mesh, bfloat16=bfloat16)
+
+
+def shard(model: Decoder, mesh: DeviceMesh, *, bfloat16: bool = False) -> None:
+    """Share out weights, gradients and optimiser state, block by block, in place.
+
+    Args:
+        model: A decoder; its parameters may be on the meta device.
+        mesh: Who shares; of two dimensions, the first has whole copies.
+        bfloat16: See :func:`spread`.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None,
         reduce_dtype=torch.float32 if bfloat16 else None,
