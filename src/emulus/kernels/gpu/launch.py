@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,11 +12,42 @@ import torch
 if find_spec("triton") is not None:
     from emulus.kernels.programs.common import INTERPRETED, TYPES
 
+PDL = os.environ.get("EMULUS_PDL") != "0"
+"""Whether kernels may use programmatic dependent launch; only GPUs of compute capability 9 and newer have it."""
+
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel; the only place that does.
+
+    A kernel that takes ``PDL`` starts while the one before still runs, where the GPU can: it must call ``gdc_wait``
+    before it reads what another kernel has written, and before it writes anything.
+
+    Args:
+        kernel: A Triton function.
+        grid: Programs along each axis.
+        args: Its arguments, the first of them a tensor on the device to launch on.
+        options: Its constants, and Triton's own options.
+    """
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(args[0]):
+        if PDL and not INTERPRETED and "PDL" in kernel.arg_names and _overlaps(_device()):
+            options |= {"PDL": True, "launch_pdl": True}
         kernel[grid](*args, **options)
+
+
+def _device() -> int:
+    from triton.runtime.driver import driver
+
+    return int(driver.active.get_current_device())
+
+
+@functools.cache
+def _overlaps(device: int) -> bool:
+    """Whether this device, the current one, has programmatic dependent launch."""
+    from triton.runtime.driver import driver
+
+    target = driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= 90)
 
 
 def blocks(size: int, block: int) -> int:
