@@ -1,0 +1,220 @@
+"""Build the GPU's kernels for cards that are not there, and print what each needs.
+
+    python -m scripts.build_kernels --arch sm_90 --tokens 2 16 --kernel linear
+
+One line for each kernel that differs: registers of a thread, bytes of shared memory and of stack, instructions that
+read or write that stack (spills), and instructions of one warp per 32 KiB of weights (or keys and values) in the inner
+loop. Needs Triton, but no card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emulus.kernels import gpu
+from emulus.kernels.where import Where
+from emulus.model.config import DecoderConfig, sized
+from scripts.built import ARCHITECTURES, Built, Usage, building, some, usage
+
+MODELS = {
+    "emu3-8b": sized("emu3-8b"),
+    "emu3.5-34b": sized("emu3.5-34b"),
+    "emoji-9m": sized("emoji-9m", vocab_size=6152),
+}
+"""The released ones and the shipped one."""
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+KINDS = ("bfloat16", "float32", "int8", "fp8", "int4")
+_VISUAL = 32768
+_CONSTANTS = (
+    *("TOKENS", "ROWS", "WIDTH", "PARTS", "KIND", "COUNT", "GATED", "ADDED", "SCALED", "EVEN"),
+    *("BLOCK", "LANE", "READY", "SPLITS", "GUIDED", "FILTERED", "NOISY", "WHOLE", "PDL", "num_stages", "num_warps"),
+)
+"""Options that tell kernels apart, as far as a kernel has them."""
+
+Case = tuple[str, Callable[[], object]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One kernel of the table.
+
+    Attributes:
+        kernel: Name of the Triton function.
+        variant: Its constants.
+        architecture: What it is built for.
+        usage: What it needs.
+        per_32_kib: Instructions of one warp for 32 KiB of weights; ``None`` where it has none.
+        used_by: The first product that takes it.
+    """
+
+    kernel: str
+    variant: str
+    architecture: str
+    usage: Usage
+    per_32_kib: float | None
+    used_by: str
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="of weights")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--kernel", default="", help="only kernels whose names begin so")
+    parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
+    options = parser.parse_args()
+    if not options.json:
+        print("| arch | kernel | first used by | registers | shared | stack | spills | loop | per 32 KiB | variant |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+    for architecture in options.arch:
+        for line in lines(architecture, options.model, options.kind, options.tokens, options.kernel):
+            print(json.dumps(dataclasses.asdict(line)) if options.json else _row(line), flush=True)
+
+
+def lines(architecture: str, models: list[str], kinds: list[str], tokens: list[int], kernel: str) -> Iterator[Line]:
+    """Build every kernel of a step for one architecture.
+
+    Args:
+        architecture: One of :data:`scripts.built.ARCHITECTURES`.
+        models: Of :data:`MODELS`.
+        kinds: Of :data:`KINDS`.
+        tokens: How many a step has.
+        kernel: What names of kernels begin with.
+
+    Yields:
+        Each kernel that differs from those before.
+    """
+    seen: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder, building(architecture, Path(folder)) as launches:
+        for model in models:
+            for n in tokens:
+                for name, launch in cases(MODELS[model], n, kinds):
+                    launches.clear()
+                    launch()
+                    for built in launches:
+                        if built.name.startswith(kernel) and built.kernel.hash not in seen:
+                            seen.add(built.kernel.hash)
+                            yield _line(built, architecture, f"{model} {name} n={n}")
+
+
+def cases(config: DecoderConfig, n: int, kinds: list[str]) -> Iterator[Case]:
+    """Every launch of a step of a decoder, with its name."""
+    for kind in kinds:
+        for name, outs, ins in _matrices(config):
+            if not (name == "head" and kind == "int4"):
+                yield f"{name} {kind}", _product(kind, n, outs, ins)
+    yield from _between(config, n)
+    yield from _attention(config, n)
+    yield from _choice(n)
+
+
+def _matrices(config: DecoderConfig) -> list[tuple[str, int, int]]:
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, config.head_width
+    return [
+        ("q", heads * width, hidden),
+        ("k", config.num_key_value_heads * width, hidden),
+        ("o", hidden, heads * width),
+        ("gate", config.intermediate_size, hidden),
+        ("down", hidden, config.intermediate_size),
+        ("head", min(_VISUAL, config.vocab_size), hidden),
+    ]
+
+
+def _product(kind: str, n: int, outs: int, ins: int) -> Callable[[], object]:
+    x = some(n, ins)
+    if kind == "int4":
+        groups = -(-ins // 64)
+        q, ends = some(outs, groups * 32, dtype=torch.uint8), some(outs, groups)
+        return lambda: gpu.linear_int4(x, q, ends, ends)
+    if kind in ("int8", "fp8"):
+        scale = some(outs, 1, dtype=torch.float32)
+        whole = some(outs, ins, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+        return lambda: (gpu.linear_int8 if kind == "int8" else gpu.linear_fp8)(x, whole, scale)
+    return lambda: gpu.linear(x, some(outs, ins, dtype=getattr(torch, kind)))
+
+
+def _between(config: DecoderConfig, n: int) -> Iterator[Case]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    yield "norm", lambda: gpu.rms_norm(some(n, hidden), some(hidden), config.rms_norm_eps)
+    yield "activation", lambda: gpu.silu_mul(some(n, inner), some(n, inner))
+
+
+def _attention(config: DecoderConfig, n: int) -> Iterator[Case]:
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_width
+    numbers, angles = some(n, dtype=torch.int64), some(n, width, dtype=torch.float32)
+    q, kv = some(n, heads, width), some(n, kv_heads, width)
+    for lane in (torch.bfloat16, torch.float8_e4m3fn):
+        for ready in (None, numbers):
+            where = Where(
+                base=numbers,
+                capacity=numbers,
+                position=numbers,
+                dtype=lane,
+                kv_heads=kv_heads,
+                head_dim=width,
+                ready=ready,
+            )
+            name = f"{str(lane)[6:]}{'' if ready is None else ' ready'}"
+            if ready is None:
+                yield f"rotate {name}", partial(gpu.rotate_and_store, q, kv, kv, angles, angles, where, 3)
+            yield f"attend {name}", partial(gpu.attend, q, where, 3)
+
+
+def _choice(n: int) -> Iterator[Case]:
+    numbers, logits = some(n, dtype=torch.int64), some(n, _VISUAL, dtype=torch.float32)
+    for name, null, temperature, k in (
+        ("guided", logits, 1.0, 2048),
+        ("filtered", None, 1.0, 2048),
+        ("noisy", None, 1.0, 0),
+        ("largest", None, 0.0, 0),
+    ):
+        rest: dict[str, Any] = {"seeds": numbers, "positions": numbers, "first_id": 151854}
+        yield f"choose {name}", partial(gpu.choose, logits, null, scale=3.0, temperature=temperature, k=k, **rest)
+
+
+def _line(built: Built, architecture: str, used_by: str) -> Line:
+    needs, weights = usage(built.kernel), _bytes_of_a_round(built)
+    return Line(
+        kernel=built.name,
+        variant=" ".join(f"{name}={built.options[name]}" for name in _CONSTANTS if name in built.options),
+        architecture=architecture,
+        usage=needs,
+        per_32_kib=needs.loop * 32768 / weights if weights and needs.loop else None,
+        used_by=used_by,
+    )
+
+
+def _bytes_of_a_round(built: Built) -> int:
+    """Bytes of weights, or of keys and values, that a program takes in one round of its loop."""
+    options = built.options
+    if built.name == "linear_int4":
+        return options["PARTS"] * options["ROWS"] * 32
+    if built.name == "linear":
+        weights = built.args[1]
+        return options["PARTS"] * options["ROWS"] * options["WIDTH"] * weights.element_size()
+    if built.name == "attend":
+        return 2 * options["BLOCK"] * options["WIDTH"] * options["LANE"].primitive_bitwidth // 8
+    return 0
+
+
+def _row(line: Line) -> str:
+    needs, per = line.usage, "" if line.per_32_kib is None else f"{line.per_32_kib:.0f}"
+    figures = (needs.registers, needs.shared, needs.stack, needs.spills, needs.loop, per)
+    return (
+        f"| {line.architecture} | {line.kernel} | {line.used_by} | {' | '.join(map(str, figures))} | {line.variant} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
