@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from emulus.errors import EmulusError
+from emulus.log import logger
 from emulus.model import Decoder
 from emulus.parallel.config import ParallelConfig
 from emulus.parallel.processes import Processes
@@ -43,6 +44,8 @@ def spread(model: Decoder, processes: Processes, *, bfloat16: bool = False) -> N
         from emulus.train.float8 import to_float8
 
         to_float8(model, skip=("lm_head",))
+        if not sizes.compile:
+            logger.warning("float8 is slower than bfloat16 unless blocks are compiled; add --train.parallel.compile")
     if sizes.compile:
         for block in model.model.blocks:
             # Inside of what is computed again, where compiled code may not begin outside of it.

@@ -15,7 +15,8 @@ if find_spec("triton") is not None:
 
 UNIT = 16
 """Numbers that the distance between two rows is a multiple of."""
-_BLOCK = 4096
+_BYTES = 8192
+"""Of a row that a program has at a time: two accesses of 16 bytes a thread."""
 
 
 def exponentials(logits: Float[Tensor, "n v"]) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
@@ -33,5 +34,6 @@ def exponentials(logits: Float[Tensor, "n v"]) -> tuple[Float32[Tensor, " n"], F
     assert (stride % UNIT, logits.stride(1)) == (0, 1), "rows begin at round places"
     peak, mass = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     if rows:
-        launch.run(programs.exponentials, (rows,), logits, peak, mass, width, stride, BLOCK=_BLOCK, num_warps=8)
+        block = _BYTES // logits.dtype.itemsize
+        launch.run(programs.exponentials, (rows,), logits, peak, mass, width, stride, BLOCK=block, num_warps=8)
     return peak, mass
