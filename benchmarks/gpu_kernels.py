@@ -266,6 +266,9 @@ def step(n: int, options: Options) -> Case:
         ways[name] = partial(runner.forward, feeds)
         ways[name]()
     eager, recorded = ([_waited(way, made) for _ in range(repeats)] for way in ways.values())
+    weights = sum(tensor.nbytes for tensor in [*decoder.model.layers.parameters(), *decoder.model.layers.buffers()])
+    size = weights + n * sum(Runner(decoder).layout.bytes(context).values())
+    floor = size / made.copied
     return case(
         f"step-{n}",
         Timings(baseline=eager, ours=recorded),
@@ -273,7 +276,10 @@ def step(n: int, options: Options) -> Case:
         device=_device(made),
         context=context,
         layers=decoder.config.num_hidden_layers,
+        bytes=size,
         ms=round(statistics.median(recorded) * 1000, 4),
+        floor_ms=round(floor * 1000, 4),
+        fraction=round(floor / statistics.median(recorded), 4),
         eager_ms=round(statistics.median(eager) * 1000, 4),
         **_profile(ways["recorded"], made),
     )

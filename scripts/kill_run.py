@@ -43,18 +43,23 @@ PROCESSES = 2
 PATIENCE = 20  # seconds in which the process that is left shall end by itself
 
 
-def prepare(folder: Path, steps: int) -> PretrainConfig:
-    """Drawings, a vision tokenizer with random weights, their tokens, and what to train on them."""
-    (folder / "drawings").mkdir(parents=True)
+def draw(folder: Path) -> None:
+    """24 coloured blocks with captions, as a data set."""
+    folder.mkdir(parents=True)
     rows = []
     for number in range(24):
         name, colour = [("red", (220, 30, 30)), ("green", (30, 180, 60)), ("blue", (40, 60, 230))][number % 3]
         picture = PIL.Image.new("RGB", (16, 16), "white")
         picture.paste(colour, (number % 7, number % 5, number % 7 + 6, number % 5 + 8))
-        picture.save(folder / f"drawings/{number}.png")
+        picture.save(folder / f"{number}.png")
         split = "validation" if number % 8 == 7 else "train"
         rows.append({"file": f"{number}.png", "caption": f"a {name} block", "split": split})
-    (folder / "drawings/captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(folder: Path, steps: int) -> PretrainConfig:
+    """Drawings, a vision tokenizer with random weights, their tokens, and what to train on them."""
+    draw(folder / "drawings")
     torch.manual_seed(0)
     shape = VisionTokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(), codebook_size=64)
     save_vision_tokenizer(VisionTokenizer(shape), folder / "vision")
