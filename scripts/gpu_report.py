@@ -10,19 +10,34 @@ from typing import Any
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> str:
-    """Two Markdown tables: what became of each part, and the figures of each case.
+    """Two Markdown tables: the figures of each case, and, last and short, what became of each part.
 
     Args:
         results: Objects of ``results.jsonl``, see :mod:`scripts.gpu_run`.
     """
-    rows = [(r["part"], r["status"], f"{r['seconds']:.1f}", r["said"] if not r["cases"] else "") for r in results]
     cases = [row for result in results for found in result["cases"] if (row := _case(found)) is not None]
-    machine = [found for result in results for found in result["cases"] if "copy_gb_s" in found and "case" not in found]
+    machine = [found for result in results for found in result["cases"] if _is_machine(found)]
     lines = [", ".join(f"{key} {value}" for key, value in found.items()) + "\n" for found in machine]
-    lines += [_table(("part", "status", "s", "last line"), rows)]
     if cases:
         lines.append(_table(("case", "time", "floor", "fraction or ratio", "more"), cases))
+    rows = [(r["part"], r["status"], f"{r['seconds']:.1f}", *_key(r)) for r in results]
+    lines += [_table(("part", "status", "s", "first figure, or last line", "floor", "fraction or ratio"), rows)]
     return "\n".join(lines)
+
+
+def _key(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The first figure of a part, its floor and its fraction; where there are no figures, what was said last."""
+    for found in result["cases"]:
+        if _is_machine(found):
+            return f"{found['copy_gb_s']} GB/s copied, {found['product_tflops']} TFLOP/s", "", ""
+        if (row := _case(found)) is not None:
+            name, time, floor, fraction, _ = row
+            return f"{name}: {time}", floor, fraction
+    return result["said"], "", ""
+
+
+def _is_machine(found: Mapping[str, Any]) -> bool:
+    return "copy_gb_s" in found and "case" not in found
 
 
 def _case(found: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -41,7 +56,10 @@ def _case(found: Mapping[str, Any]) -> tuple[str, ...] | None:
     time = f"{about['ms']:.3f} ms" if "ms" in about else f"{about['ours_s']:.4g} s"
     keys = ("ours_tokens_per_second", "ours_mfu", "eager_ms", "gaps_us", "kernels_us")
     more = ", ".join(f"{key} {about[key]}" for key in keys if key in about)
-    return found["case"], time, "", ratio, more
+    floor = f"{about['floor_ms']:.3f} ms" if "floor_ms" in about else ""
+    if "fraction" in about:
+        ratio = f"{about['fraction']:.2f} of the copy; {ratio} times as fast as called"
+    return found["case"], time, floor, ratio, more
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

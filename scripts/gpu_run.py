@@ -11,14 +11,12 @@ into the time does not stop the next one. Written to the output folder, while th
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -35,7 +33,6 @@ PYTHON = sys.executable
 _LEAST = 10.0
 """Seconds under which a part is not begun."""
 _TOY_LIMIT = 300.0
-_PIECE = 15 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,8 @@ class Part:
         limit: Seconds that it may take.
         command: Program and arguments.
         toy: The same in tiny on a CPU; None if it needs a GPU.
-        environment: Variables beside those of this process.
+        environment: Variables beside those of this process in tiny.
+        grace: Seconds that it is given to end by itself after its limit.
     """
 
     name: str
@@ -55,6 +53,7 @@ class Part:
     command: Sequence[str]
     toy: Sequence[str] | None
     environment: Mapping[str, str] = field(default_factory=dict)
+    grace: float = 0.0
 
 
 def tests(*paths: str, workers: int, limit: int) -> list[str]:
@@ -148,41 +147,28 @@ def first() -> list[Part]:
     ]
 
 
-def second(tokens: Sequence[Path] | None, out: Path) -> list[Part]:
-    """The shipped model's recipe on a GPU, from tokens that exist already (by default where the recipe puts them).
+def second(out: Path, run: Path, options: Sequence[str]) -> list[Part]:
+    """The shipped model's recipe on a GPU, see :mod:`scripts.gpu_second`.
 
-    A rerun goes on from the newest checkpoint of ``runs/gpu``, as long as that folder is there.
+    Args:
+        out: Folder of the results.
+        run: Folder that a rerun goes on from; the toy takes one in ``out``.
+        options: Further arguments of every part.
     """
-    run = REPOSITORY / "runs" / "gpu"
-    small = out / "run"
-    command = [PYTHON, "-m", "emulus", "pretrain"]
-    whole = [*command, "emoji", "--out", str(run), "--rows-per-step", "32", "--train.steps", "20000"]
-    tiny = [*command, "demo-tiny", "--out", str(small), "--train.steps", "2", "--train.device", "cpu"]
-    tiny += ["--train.evaluate-every", "0"]
-    if tokens is not None:
-        whole, tiny = ([*each, "--tokens", *map(str, tokens)] for each in (whole, tiny))
-    pack = [PYTHON, "-m", "scripts.gpu_run", "pack", "--out", str(out), "--run"]
+
+    def part(name: str, limit: float, *, grace: float = 0.0) -> Part:
+        command = [PYTHON, "-m", "scripts.gpu_second", name, "--out", str(out), *options, "--run"]
+        toy = [*command, str(out / "run"), "--toy"]
+        return Part(name=name, limit=limit, command=[*command, str(run)], toy=toy, grace=grace)
+
+    # Training saves a checkpoint when it is told to stop.
     return [
-        Part(name="train", limit=500, command=whole, toy=tiny),
-        Part(name="pack", limit=40, command=[*pack, str(run)], toy=[*pack, str(small)]),
+        part("tokens", 120),
+        part("measure", 100),
+        part("train", 400, grace=20),
+        part("evaluate", 60),
+        part("keep", 40),
     ]
-
-
-def pack(run: Path, out: Path) -> dict[str, Any]:
-    """Put the newest model of a run and its metrics into ``out``, in pieces of at most 15 MiB.
-
-    ``cat run.tar.* | tar x`` puts them together again.
-    """
-    models = sorted(run.glob("checkpoints/step-*/model"))
-    names = [run / "metrics.jsonl", *models[-1:]]
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        for path in names:
-            tar.add(path, arcname=path.relative_to(run))
-    data = archive.getvalue()
-    for number, start in enumerate(range(0, len(data), _PIECE)):
-        (out / f"run.tar.{number}").write_bytes(data[start : start + _PIECE])
-    return {"packed": [str(path.relative_to(run)) for path in names], "bytes": len(data)}
 
 
 def run_parts(parts: Sequence[Part], out: Path, *, budget: float, toy: bool, log: TextIO) -> list[dict[str, Any]]:
@@ -206,18 +192,19 @@ def run_parts(parts: Sequence[Part], out: Path, *, budget: float, toy: bool, log
         if command is None or limit < min(_LEAST, part.limit):
             result = {"part": part.name, "status": "skipped", "seconds": 0.0, "said": "", "cases": []}
         else:
-            result = {"part": part.name, **_run(command, limit, part.environment if toy else {}, log)}
+            result = {"part": part.name, **_run(part, command, limit, toy=toy, log=log)}
         results.append(result)
         with (out / "results.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
+        (out / "report.md").write_text(report(results))
     return results
 
 
-def _run(command: Sequence[str], limit: float, environment: Mapping[str, str], log: TextIO) -> dict[str, Any]:
+def _run(part: Part, command: Sequence[str], limit: float, *, toy: bool, log: TextIO) -> dict[str, Any]:
     """Run one command in a process group of its own, so that nothing of it outlives its limit."""
     _tell(f"\n$ {' '.join(command)}\n", log)
     paths = os.pathsep.join([str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **environment}
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **(part.environment if toy else {})}
     began = time.monotonic()
     try:
         process = subprocess.Popen(
@@ -247,11 +234,20 @@ def _run(command: Sequence[str], limit: float, environment: Mapping[str, str], l
         status = "ok" if process.wait(limit) == 0 else f"failed ({process.returncode})"
     except subprocess.TimeoutExpired:
         status = "too slow"
+        _ask(process, part.grace)
     _end(process)
     reader.join(5)
     seconds = round(time.monotonic() - began, 1)
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return {"status": status, "seconds": seconds, "said": said[:200], "cases": _objects(lines)}
+
+
+def _ask(process: subprocess.Popen[str], grace: float) -> None:
+    """Tell a process to stop, and give it so many seconds."""
+    if grace:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -319,10 +315,11 @@ def _triton() -> Any:
 def main() -> int:
     """Run a list of parts, or print what the machine is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=["first", "second", "machine", "pack"])
+    parser.add_argument("which", choices=["first", "second", "machine"])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")), help="folder of the results")
-    parser.add_argument("--tokens", type=Path, nargs="+", help="folders of tokens, by default the recipe's (second)")
-    parser.add_argument("--run", type=Path, default=REPOSITORY / "runs" / "gpu", help="folder of the run (pack)")
+    parser.add_argument("--run", type=Path, default=REPOSITORY / "runs/gpu", help="what a rerun goes on from (second)")
+    parser.add_argument("--data", help="data set in place of data/emoji (second)")
+    parser.add_argument("--tokens", help="folder of tokens-64, tokens-32 and tokens-16 made before (second)")
     parser.add_argument("--budget", type=float, help="seconds for everything")
     parser.add_argument("--only", action="append", metavar="PART", help="run this part, and others so named")
     parser.add_argument("--toy", action="store_true", help="everything in tiny, on a CPU")
@@ -331,19 +328,16 @@ def main() -> int:
         print(json.dumps(machine(given.toy)))
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.which == "pack":
-        print(json.dumps(pack(given.run, given.out)))
-        return 0
-    parts = first() if given.which == "first" else second(given.tokens, given.out)
+    asked = {"--data": given.data, "--tokens": given.tokens}
+    options = [word for name, value in asked.items() if value for word in (name, value)]
+    parts = first() if given.which == "first" else second(given.out, given.run, options)
     if unknown := {*(given.only or [])} - {part.name for part in parts}:
         parser.error(f"no part is called {sorted(unknown)[0]}; there are {', '.join(part.name for part in parts)}")
     parts = [part for part in parts if not given.only or part.name in given.only]
     budget = given.budget or (660.0 if given.which == "first" else 580.0)
     with (given.out / "log.txt").open("a") as log:
         results = run_parts(parts, given.out, budget=budget, toy=given.toy, log=log)
-    text = report(results)
-    (given.out / "report.md").write_text(text)
-    print("\n" + text)
+    print("\n" + report(results))
     return 0 if all(result["status"] in ("ok", "skipped") for result in results) else 1
 
 

@@ -123,9 +123,9 @@ def keep(plan: Plan) -> None:
     decoder = plan.run / "decoder"
     _emulus(["report", str(decoder), "--out", str(plan.out / "training.html")])
     (plan.out / "metrics.jsonl").write_bytes((decoder / "metrics.jsonl").read_bytes())
-    for name in ("figures.json", "report.html"):
+    for name, kept in (("figures.json", "figures.json"), ("report.html", "evaluation.html")):
         if (made := plan.run / "evaluation" / name).exists():
-            (plan.out / name).write_bytes(made.read_bytes())
+            (plan.out / kept).write_bytes(made.read_bytes())
     small = plan.run / "int8"
     if not small.exists():
         _emulus(["quantize", str(decoder), str(small), "--to", "int8", "--vision-dtype", "bfloat16"])
@@ -148,8 +148,7 @@ def do(what: str, plan: Plan) -> None:
         for size in plan.sizes if plan.made is None else ():
             _emulus(plan.encode(size))
     elif what == "measure":
-        steps = measure(plan)
-        print(json.dumps({"steps": steps, **json.loads((plan.run / STEPS_FILE).read_text())}))
+        print(f"{measure(plan):,} steps: {(plan.run / STEPS_FILE).read_text()}")
     elif what == "train":
         _emulus(plan.train(plan.run / "decoder", measure(plan)))
     elif what == "evaluate":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -9,21 +10,18 @@ import re
 import shlex
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emulus.data.tokenize import tokenize
-from emulus.data.tokenize_config import TokenizeConfig
-from emulus.pipeline import Emulus
-from scripts import gpu_run
 from scripts.gpu_report import report
-from scripts.gpu_run import Part, first, pack, run_parts
+from scripts.gpu_run import Part, first, run_parts, second
+from scripts.gpu_second import PARTS
 from tests.kernels.test_gpu import needs_triton
 
 REPOSITORY = Path(__file__).parents[2]
+MACHINE = {"device": "a GPU", "copy_gb_s": 4300.0, "product_tflops": 790.0}
 
 
 def script(name: str, *arguments: str, out: Path) -> list[dict[str, Any]]:
@@ -47,8 +45,10 @@ def commands() -> list[list[str]]:
 
 @needs_triton
 def test_the_commands_of_the_page(tmp_path: Path) -> None:
-    """As written, but for the one that needs a GPU."""
-    build, whole, toy, again = commands()
+    """As written, but for the two that need a GPU."""
+    build, whole, toy, again, train = commands()
+    # Part of it runs below.
+    assert train == ["OUT=out", "scripts/second_gpu_run.sh"]
     assert whole == ["OUT=out", "scripts/first_gpu_run.sh"]
     assert toy[:3] == [*whole, "--toy"]
     machine, vision = script("first_gpu_run.sh", *toy[3:], out=tmp_path / "out")
@@ -76,32 +76,17 @@ def test_the_first_run(tmp_path: Path) -> None:
     ]
 
 
-def test_the_second_run(tiny: Emulus, shapes: Path, tmp_path: Path) -> None:
-    tiny.save(tmp_path / "model")
-    config = TokenizeConfig(sources=(shapes,), vision=tmp_path / "model", out=tmp_path / "tokens", size=16, views=1)
-    tokenize(config)
-    trained, packed = script("second_gpu_run.sh", "--tokens", str(config.out), out=tmp_path / "out")
-    assert trained["status"] == packed["status"] == "ok"
-    with tarfile.open(tmp_path / "out/run.tar.0") as archive:
-        names = archive.getnames()
-    assert "metrics.jsonl" in names
-    assert any(name.endswith("model/config.json") for name in names)
+def test_the_second_run_in_part(tmp_path: Path) -> None:
+    (made,) = script("second_gpu_run.sh", "--only", "tokens", out=tmp_path)
+    assert (made["part"], made["status"]) == ("tokens", "ok")
+    assert (tmp_path / "run/tokens-16/tokens.json").exists()
 
 
-def test_pieces_are_one_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_run, "_PIECE", 3000)
-    model = tmp_path / "run/checkpoints/step-00000002/model"
-    model.mkdir(parents=True)
-    (model / "weights").write_bytes(bytes(range(256)) * 20)
-    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
-    out = tmp_path / "out"
-    out.mkdir()
-    assert pack(tmp_path / "run", out)["bytes"] > 3000
-    pieces = sorted(out.iterdir(), key=lambda path: int(path.suffix[1:]))
-    with tarfile.open(fileobj=io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))) as whole:
-        content = whole.extractfile("checkpoints/step-00000002/model/weights")
-        assert content is not None
-        assert content.read() == bytes(range(256)) * 20
+def test_the_second_run_has_every_part(tmp_path: Path) -> None:
+    parts = second(tmp_path, tmp_path / "run", ["--data", "mine"])
+    assert [part.name for part in parts] == [*PARTS]
+    assert sum(part.limit + part.grace for part in parts) > 580 > max(part.limit + part.grace for part in parts)
+    assert all("mine" in part.command for part in parts)
 
 
 def python(name: str, code: str, limit: float = 60) -> Part:
@@ -129,6 +114,30 @@ def test_no_part_stops_the_next(tmp_path: Path) -> None:
     assert report(results).count("\n| ") == 5
 
 
+def test_training_may_save_what_it_has(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit('saved')); print('on'); time.sleep(60)"
+    part = dataclasses.replace(python("trains", code, limit=2), grace=20.0)
+    (result,) = run_parts([part], tmp_path, budget=1000, toy=False, log=io.StringIO())
+    assert (result["status"], result["said"]) == ("too slow", "saved")
+    assert "| trains | too slow |" in (tmp_path / "report.md").read_text()
+
+
 def test_parts_that_no_longer_fit_are_skipped(tmp_path: Path) -> None:
     results = run_parts([python("late", "print(1)")], tmp_path, budget=5, toy=False, log=io.StringIO())
     assert results[0]["status"] == "skipped"
+
+
+def test_the_short_table_comes_last() -> None:
+    kernel = {"us": 29.0, "floor_us": 27.3, "gb_s": 4050.0}
+    found = [{"case": name, "ratio": 0.94, "spread": [0.9, 0.95], "conditions": kernel} for name in ("a", "b")]
+    parts = [
+        {"part": "machine", "status": "ok", "seconds": 3.0, "said": "", "cases": [MACHINE]},
+        {"part": "kernels", "status": "too slow", "seconds": 100.0, "said": "{", "cases": found},
+        {"part": "tests", "status": "failed (1)", "seconds": 9.0, "said": "2 failed", "cases": []},
+    ]
+    short = report(parts).strip().splitlines()[-3:]
+    assert short == [
+        "| machine | ok | 3.0 | 4300.0 GB/s copied, 790.0 TFLOP/s |  |  |",
+        "| kernels | too slow | 100.0 | a: 29.0 µs | 27.3 µs | 0.94 (0.90 to 0.95) |",
+        "| tests | failed (1) | 9.0 | 2 failed |  |  |",
+    ]

@@ -25,7 +25,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def test_what_is_sent_back(plan: Plan) -> None:
     names = {path.name for path in plan.out.iterdir()}
-    assert names == {"training.html", "metrics.jsonl", "figures.json", "report.html", "model.tar"}
+    assert names == {"training.html", "metrics.jsonl", "figures.json", "evaluation.html", "model.tar"}
     with tarfile.open(plan.out / "model.tar") as archive:
         members = archive.getnames()
     assert {"model/config.json", "model/model.safetensors"} <= {*members}
