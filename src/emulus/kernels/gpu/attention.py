@@ -144,4 +144,4 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
 def _tile(q: Tensor, lane: torch.dtype) -> _Tile:
     if torch.float32 in (q.dtype, lane):
         return _FLOAT32
-    return _HOPPER if launch.capability(q) >= launch.HOPPER else _AMPERE
+    return _AMPERE if 0 < launch.capability(q) < launch.HOPPER else _HOPPER
