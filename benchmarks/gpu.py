@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -154,7 +154,13 @@ def _measured(name: str, kind: str, requests: int, options: Options, *, compiled
         torch.cuda.empty_cache()
     # The clock of a GPU's work is the wall's, whatever was asked for.
     return case(
-        name, timings, _by_wall(options), weights=kind, in_flight=requests, **_sizes(shared, asked, count), **about
+        name,
+        timings,
+        replace(options, clock="wall"),
+        weights=kind,
+        in_flight=requests,
+        **_sizes(shared, asked, count),
+        **about,
     )
 
 
@@ -298,12 +304,6 @@ def _sizes(shared: Bench, requests: Sequence[Request], count: int) -> dict[str, 
         "vocabulary": config.vocab_size,
         "guidance": 3.0,
     }
-
-
-def _by_wall(options: Options) -> Options:
-    return Options(
-        pairs=options.pairs, threads=options.threads, clock="wall", toy=options.toy, settings=options.settings
-    )
 
 
 def _wait() -> None:

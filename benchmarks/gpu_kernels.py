@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -211,7 +211,7 @@ def kernel(name: str, make: Callable[[Bench], Work], options: Options) -> Case:
     return case(
         name,
         timings,
-        _by_wall(options),
+        replace(options, clock="wall"),
         device=_device(made),
         bytes=work.bytes,
         us=round(middle * 1e6, 2),
@@ -272,7 +272,7 @@ def step(n: int, options: Options) -> Case:
     return case(
         f"step-{n}",
         Timings(baseline=eager, ours=recorded),
-        _by_wall(options),
+        replace(options, clock="wall"),
         device=_device(made),
         context=context,
         layers=decoder.config.num_hidden_layers,
@@ -344,12 +344,6 @@ def _spans(profiler: Any) -> Iterator[tuple[float, float, str]]:
 
 def _device(made: Bench) -> str:
     return "cpu" if made.toy else torch.cuda.get_device_name()
-
-
-def _by_wall(options: Options) -> Options:
-    return Options(
-        pairs=options.pairs, threads=options.threads, clock="wall", toy=options.toy, settings=options.settings
-    )
 
 
 WORKS: dict[str, Callable[[Bench], Work]] = {

@@ -43,6 +43,19 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_nothing_needs_to_be_installed(which: str, tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\necho "$PYTHONPATH" "$PWD" "$@"\n')
+    stand_in.chmod(0o755)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [REPOSITORY / f"scripts/{which}_gpu_run.sh", "--toy"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**variables, "PYTHON": str(stand_in)}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == f"{REPOSITORY}/src {REPOSITORY} -m scripts.gpu_run {which} --toy".split()
+
+
 @needs_triton
 def test_the_commands_of_the_page(tmp_path: Path) -> None:
     """As written, but for the two that need a GPU."""
