@@ -9,7 +9,7 @@ import torch
 
 from emulus.kernels import gpu
 from scripts import build_kernels
-from scripts.built import ARCHITECTURES, SHARED_MEMORY, Built, building, some
+from scripts.built import ARCHITECTURES, SHARED_MEMORY, Built, building, instructions, some
 from tests.kernels.test_gpu import needs_triton
 
 pytestmark = needs_triton
@@ -24,8 +24,8 @@ def check(lines: list[build_kernels.Line]) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_step_of_two_tokens(architecture: str) -> None:
-    check(list(build_kernels.lines(architecture, ["emu3-8b"], ["bfloat16", "int4"], [2], "")))
+def test_products_of_two_tokens(architecture: str) -> None:
+    check(list(build_kernels.lines(architecture, ["emu3-8b"], ["bfloat16", "int4"], [2], "linear")))
 
 
 @pytest.mark.slow
@@ -63,3 +63,15 @@ def test_launches_overlap_on_hopper_alone(tmp_path: Path) -> None:
         with building(architecture, tmp_path / architecture) as launches:
             gpu.linear(some(2, 1024), some(64, 1024, dtype=torch.bfloat16), add=some(2, 64))
         assert launches[0].kernel.asm["ptx"].count("griddepcontrol.wait") == waits
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_weights_are_fetched_before_the_wait_and_nothing_else_is_touched(hopper: list[Built], kind: str) -> None:
+    weight = build_kernels._weight(kind, 64, 1024)
+    gpu.gated(some(2, 1024), weight, weight)
+    code = [text for _, text in instructions(hopper[0].kernel.asm["cubin"])]
+    (wait,) = [i for i, text in enumerate(code) if text.startswith("ACQBULK")]
+    fetches = [i for i, text in enumerate(code) if text.startswith("CCTL")]
+    touches = [i for i, text in enumerate(code) if text.startswith(("LDG", "STG"))]
+    assert fetches
+    assert max(fetches) < wait < min(touches)

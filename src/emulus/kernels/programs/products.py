@@ -20,6 +20,8 @@ CAST = tl.constexpr(0)
 ROUND = tl.constexpr(1)
 FP8 = tl.constexpr(2)
 _GROUP = tl.constexpr(64)
+# Lines of 128 bytes that are fetched of each row ahead: at least the first two rounds of a loop.
+_LINES = tl.constexpr(16)
 
 
 @triton.jit
@@ -48,6 +50,19 @@ def _row_at(matrices, strides, outs, row):
         at = tl.where(row >= first, matrices[i] + (row - first).to(tl.int64) * strides[i], at)
         first += outs[i]
     return at
+
+
+@triton.jit
+def _fetch(row_at, columns, LINES: tl.constexpr):
+    """Begin to bring the first ``LINES`` times 128 bytes of rows of ``columns`` numbers to the L2 cache.
+
+    Weights are no other kernel's output, so the memory need not idle until the kernel before has ended.
+    """
+    per_line: tl.constexpr = 1024 // row_at.dtype.element_ty.primitive_bitwidth
+    at = row_at[:, None] + tl.minimum(tl.arange(0, LINES) * per_line, columns - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -106,13 +121,16 @@ def linear(
     """Rows of ``weights`` times ``TOKENS`` tokens; a row's scale, if any, is multiplied at the end."""
     rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row_at = _row_at(weights, strides, outs, row)[None, :, None]
+    row_at = _row_at(weights, strides, outs, row)
+    if PDL:
+        _fetch(row_at, ins, _LINES)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_at = row_at[None, :, None]
     token_at = (tl.minimum(tokens, n - 1) * x_stride)[None, None, :]
     here = _read(tokens, n, TOKENS)[None, None, :]
     inner = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     for start in range(0, ins, PARTS * WIDTH):
         columns = start + inner
         if EVEN:
@@ -127,8 +145,6 @@ def linear(
             # By this detour every step has an instruction of full speed.
             w = w.to(tl.float16).to(tl.float32)
         sums = tl.dot(w.to(DOT), part.to(DOT), sums)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     product = tl.sum(sums, 0)
     if scales is not None:
         product *= tl.load(_row_at(scales, scale_strides, outs, row))[:, None]
@@ -181,14 +197,18 @@ def linear_int4(
     """Like :func:`linear`; weights and ``x`` are read as words of four inputs, one of which is multiplied at a time."""
     rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row_at = _row_at(weights, strides, outs, row)[None, :, None]
-    scale_at = _row_at(scales, scale_strides, outs, row)[None, :]
-    low_at = _row_at(lows, scale_strides, outs, row)[None, :]
+    row_at = _row_at(weights, strides, outs, row)
+    scale_at, low_at = _row_at(scales, scale_strides, outs, row), _row_at(lows, scale_strides, outs, row)
+    if PDL:
+        _fetch(row_at, groups * (_GROUP // 4), _LINES)
+        _fetch(scale_at, groups, 1)
+        _fetch(low_at, groups, 1)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_at, scale_at, low_at = row_at[None, :, None], scale_at[None, :], low_at[None, :]
     token_at = (tl.minimum(tokens, n - 1) * (groups * (_GROUP // 4)))[None, None, :]
     here = _read(tokens, n, TOKENS)[None, None, :]
     sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     for start in range(0, groups, PARTS):
         group = start + tl.arange(0, PARTS)
         inner = group[:, None] * (_GROUP // 4) + tl.arange(0, _GROUP // 4)[None, :]
@@ -206,6 +226,4 @@ def linear_int4(
             part = (fours >> (16 * number)).to(tl.int16).to(tl.bfloat16, bitcast=True)
             w = _from_int4(words, steps[:, :, None], least[:, :, None], number)
             sums = tl.dot(w.to(DOT), part.to(DOT), sums)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     _finish(tl.sum(sums, 0), out, add, n, total, tokens, rows, GATED)
