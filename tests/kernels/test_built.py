@@ -75,3 +75,7 @@ def test_weights_are_fetched_before_the_wait_and_nothing_else_is_touched(hopper:
     touches = [i for i, text in enumerate(code) if text.startswith(("LDG", "STG"))]
     assert fetches
     assert max(fetches) < wait < min(touches)
+
+
+def test_fp8_where_the_card_does_not_know_it() -> None:
+    check(list(build_kernels.lines("sm_80", ["emoji-9m"], ["fp8"], [2], "linear")))

@@ -30,7 +30,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(args[0]):
-        if PDL and not INTERPRETED and "PDL" in kernel.arg_names and _overlaps(_device()):
+        if PDL and not INTERPRETED and "PDL" in kernel.arg_names and _capability(_device()) >= 90:
             options |= {"PDL": True, "launch_pdl": True}
         kernel[grid](*args, **options)
 
@@ -42,12 +42,17 @@ def _device() -> int:
 
 
 @functools.cache
-def _overlaps(device: int) -> bool:
-    """Whether this device, the current one, has programmatic dependent launch."""
+def _capability(device: int) -> int:
+    """Ten times the compute capability of this device, the current one; 0 where it is not NVIDIA's."""
     from triton.runtime.driver import driver
 
     target = driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= 90)
+    return int(target.arch) if target.backend == "cuda" else 0
+
+
+def knows_fp8() -> bool:
+    """Whether the current device has float8_e4m3fn; the interpreter need not."""
+    return not INTERPRETED and _capability(_device()) >= 89
 
 
 def blocks(size: int, block: int) -> int:

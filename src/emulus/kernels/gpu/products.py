@@ -145,6 +145,9 @@ def _launch(
     part, ins, (tokens, rows) = x.to(torch.bfloat16), x.shape[1], _tile(n, sum(outs))
     dtype, size = weights[0].dtype, weights[0].element_size()
     width = _WIDTHS[size]
+    kind = {torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(dtype, programs.CAST)
+    if kind == programs.FP8 and not launch.knows_fp8():
+        weights, kind = tuple(weight.view(torch.int8) for weight in weights), programs.FP8_BITS
     launch.run(
         programs.linear,
         (launch.blocks(n, tokens), launch.blocks(sum(outs), rows)),
@@ -155,7 +158,7 @@ def _launch(
         ROWS=rows,
         WIDTH=width,
         PARTS=_PARTS,
-        KIND={torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(dtype, programs.CAST),
+        KIND=kind,
         GATED=is_gated,
         EVEN=ins % (width * _PARTS) == 0,
         DOT=launch.dot(torch.bfloat16),

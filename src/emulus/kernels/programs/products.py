@@ -19,6 +19,7 @@ _ASSEMBLY = tl.constexpr(not INTERPRETED)
 CAST = tl.constexpr(0)
 ROUND = tl.constexpr(1)
 FP8 = tl.constexpr(2)
+FP8_BITS = tl.constexpr(3)
 _GROUP = tl.constexpr(64)
 # Lines of 128 bytes that are fetched of each row ahead: at least the first two rounds of a loop.
 _LINES = tl.constexpr(16)
@@ -95,6 +96,30 @@ def _finish(sums, out, add, n, total, tokens, rows, GATED: tl.constexpr):
     tl.store(out + at, sums.to(typed), mask=inside)
 
 
+@triton.jit
+def _from_fp8(codes):
+    """Give the floats (e4m3fn) that stand in bytes, exactly; GPUs before compute capability 8.9 know no such type."""
+    if _ASSEMBLY:
+        # The digits moved to where bfloat16 has them are short of 2 ** 120 alone. Four bytes lie in a register.
+        weights = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d, m, z; mov.b32 m, 0x7B807B80; mov.b32 z, 0x80008000; "
+            "prmt.b32 a, 0, $2, 0x5140; prmt.b32 b, 0, $2, 0x7160; "
+            "shr.u32 c, a, 4; shr.u32 d, b, 4; and.b32 c, c, 0x07F007F0; and.b32 d, d, 0x07F007F0; "
+            "lop3.b32 a, a, z, c, 0xEA; lop3.b32 b, b, z, d, 0xEA; "
+            "fma.rn.bf16x2 $0, a, m, z; fma.rn.bf16x2 $1, b, m, z; }",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        wide = codes.to(tl.int16)
+        halves = ((wide & 0x7F) << 7) | ((wide << 8) & -0x8000)
+        weights = halves.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return weights
+
+
 @triton.jit(do_not_specialize=["n"])
 def linear(
     x,
@@ -144,6 +169,8 @@ def linear(
         elif KIND == FP8:
             # By this detour every step has an instruction of full speed.
             w = w.to(tl.float16).to(tl.float32)
+        elif KIND == FP8_BITS:
+            w = _from_fp8(w)
         sums = tl.dot(w.to(DOT), part.to(DOT), sums)
     product = tl.sum(sums, 0)
     if scales is not None:
