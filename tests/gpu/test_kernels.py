@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +222,17 @@ def attended(q: Tensor, room: Lanes, layer: int) -> Tensor:
     return torch.stack(rows)
 
 
+def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter run the programs of each grid from the last to the first."""
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+
+    def turned(*index: int) -> None:
+        place(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", turned)
+
+
 class TestAttention:
     @pytest.mark.parametrize(
         ("dtype", "lane", "heads", "kv_heads", "width", "tolerance"),
@@ -230,6 +242,7 @@ class TestAttention:
             (BF16, torch.float8_e4m3fn, 4, 2, 32, 1e-2),
             (torch.float16, torch.float16, 4, 2, 32, 5e-3),
             (torch.float32, torch.float32, 3, 3, 24, 1e-5),
+            (torch.float32, BF16, 6, 1, 32, 1e-2),
         ],
     )
     @pytest.mark.parametrize(("watched", "splits"), [(False, 2), (True, 2), (True, 16)])
@@ -270,6 +283,54 @@ class TestAttention:
             )
             assert torch.equal(gpu.attend(q[here], where, 0), together[here])
 
+    def test_whichever_part_ends_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        room = lanes(BF16, 2, 32)
+        q = draw(len(room.of), 8, 32)
+        first = gpu.attend(q, room.where, 1)
+        assert not room.where.finished.any()
+        if INTERPRETED:
+            backwards(monkeypatch)
+        # With the counters that the first left behind.
+        assert torch.equal(gpu.attend(q, room.where, 1), first)
+        assert not room.where.finished.any()
+
+    def test_in_one_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        room, run = lanes(BF16, 2, 32), gpu.attention.launch.run
+        launched: list[str] = []
+
+        def counted(kernel: Any, *args: Any, **options: Any) -> None:
+            launched.append(kernel.fn.__name__)
+            run(kernel, *args, **options)
+
+        monkeypatch.setattr(gpu.attention.launch, "run", counted)
+        gpu.attend(draw(len(room.of), 8, 32), room.where, 1)
+        assert launched == ["attend"]
+
+    def test_norms_with_the_rotation(self) -> None:
+        """The same as one after the other, out of one tensor of queries, keys and values."""
+        width, heads, kv_heads = 24, 4, 2
+        apart, together = lanes(BF16, kv_heads, width), lanes(BF16, kv_heads, width)
+        n = len(apart.of)
+        both = draw(n, (heads + 2 * kv_heads) * width)
+        q, k, v = both.view(n, -1, width).split((heads, kv_heads, kv_heads), 1)
+        q_norm, k_norm = draw(2, width)
+        table = rotary(torch.tensor([apart.positions], device=DEVICE), width, 1e4)
+        angles = table.cos[0, 0], table.sin[0, 0]
+
+        def normed(x: Tensor, weight: Tensor) -> Tensor:
+            return gpu.rms_norm(x.reshape(-1, width), weight, 1e-5).view(x.shape)
+
+        expected = gpu.rotate_and_store(normed(q, q_norm), normed(k, k_norm), v, *angles, apart.where, 1)
+        turned = gpu.rotate_and_store(q, k, v, *angles, together.where, 1, q_norm=q_norm, k_norm=k_norm, eps=1e-5)
+        assert not torch.equal(turned, gpu.rotate_and_store(q, k, v, *angles, lanes(BF16, kv_heads, width).where, 1))
+        # On a GPU the mean square may be divided with another rounding.
+        step = 0 if INTERPRETED else 2**-7
+        torch.testing.assert_close(turned, expected, atol=step, rtol=step)
+        for token, (of, position) in enumerate(zip(apart.of, apart.positions, strict=True)):
+            one, other = (room.memory[of][1, :, :, position] for room in (apart, together))
+            torch.testing.assert_close(other, one, atol=step, rtol=step)
+            assert torch.equal(other[1], v[token])
+
     @pytest.mark.parametrize(
         ("dtype", "lane"),
         [
@@ -305,30 +366,65 @@ class TestAttention:
 
 class TestChoice:
     @pytest.mark.parametrize(
-        ("ids", "temperature", "k"),
-        [(7, 1.0, 5), (7, 1.3, 1), (600, 0.7, 0), (600, 0.0, 3), (600, 1.0, 900), (5000, 1, 50)],
+        ("ids", "temperature", "k", "guided"),
+        [
+            *((7, 1.0, 5, True), (7, 1.3, 1, False), (600, 0.7, 0, True), (600, 0.0, 3, True), (600, 1.0, 900, True)),
+            *((5000, 1.0, 50, True), (5000, 1.0, 50, False), (5000, 1.0, 4999, True), (32768, 1.0, 2048, True)),
+        ],
     )
-    def test_as_plain(self, ids: int, temperature: float, k: int) -> None:
-        self._compare(ids, temperature, k)
+    def test_as_plain(self, ids: int, temperature: float, k: int, guided: bool) -> None:
+        cond, null = torch.randn(2, 3, ids, device=DEVICE) * 3
+        self._compare(cond, null if guided else None, temperature, k)
 
-    def test_more_than_fits_registers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gpu.choice, "_REGISTERS", 4096)
-        self._compare(5000, 1.0, 50)
+    def test_a_whole_vocabulary(self) -> None:
+        self._compare(torch.randn(1, 184622, device=DEVICE) * 3, None, 1.0, 1024)
+
+    @pytest.mark.parametrize("k", [1, 40, 300, 2999])
+    def test_in_bfloat16(self, k: int) -> None:
+        cond, null = draw(2, 3, 3000)
+        self._compare(cond, null, 1.0, k)
+
+    @pytest.mark.parametrize("k", [1, 50, 2500, 4999])
+    @pytest.mark.parametrize("spread", [8, 0])
+    def test_more_than_fits_registers(self, k: int, spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu.choice, "_LIST", 512)
+        # Many equal logits, among them both zeros.
+        cond = (torch.randn(3, 5000, device=DEVICE) * spread).round()
+        self._compare(cond, None, 1.0, k)
+
+    def test_whichever_part_ends_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if INTERPRETED:
+            backwards(monkeypatch)
+        cond, null = torch.randn(2, 3, 5000, device=DEVICE) * 3
+        self._compare(cond, null, 1.0, 50)
 
     def test_ties(self) -> None:
-        logits = torch.zeros(2, 100, device=DEVICE)
-        logits[:, 50:53] = 1
-        rows = torch.arange(2, device=DEVICE)
-        chosen = gpu.choose(logits, None, scale=1, temperature=0, k=0, seeds=rows, positions=rows, first_id=0)
-        assert chosen.tolist() == [50, 50]
-        among = gpu.choose(
-            logits.expand(2, 100), None, scale=1, temperature=1, k=2, seeds=rows, positions=rows, first_id=0
-        )
-        assert set(among.tolist()) <= {50, 51, 52}
+        logits = torch.zeros(2, 9000, device=DEVICE)
+        logits[0, 50:53] = logits[1, 7000:7003] = 1
+        assert self._chosen(logits, temperature=0).tolist() == [50, 7000]
+        for chosen, first in zip(self._chosen(logits, temperature=1, k=2).tolist(), (50, 7000), strict=True):
+            assert chosen in range(first, first + 3)
 
-    def _compare(self, ids: int, temperature: float, k: int) -> None:
-        cond, null = torch.randn(2, 3, ids, device=DEVICE) * 3
-        seeds, positions = [0, 2**62 + 5, 77], [1, 4096, 9]
+    @pytest.mark.parametrize("temperature", [0, 1])
+    def test_what_is_not_a_number_is_never_chosen(self, temperature: float) -> None:
+        nan, logits = float("nan"), torch.randn(3, 4000, device=DEVICE)
+        logits[1, :2500] = nan
+        logits[2] = nan
+        smallest = logits.nan_to_num(float("-inf"))
+        for k in (0, 10, 3000):
+            chosen = self._chosen(logits, temperature=temperature, k=k)
+            assert torch.equal(chosen, self._chosen(smallest, temperature=temperature, k=k))
+            assert chosen[1] >= 2500
+            assert chosen[2] == 0
+
+    def _chosen(self, logits: Tensor, *, temperature: float, k: int = 0) -> Tensor:
+        rows = torch.arange(len(logits), device=DEVICE)
+        rest = {"seeds": rows, "positions": rows, "first_id": 0}
+        return gpu.choose(logits, None, scale=1, temperature=temperature, k=k, **rest)
+
+    def _compare(self, cond: Tensor, null: Tensor | None, temperature: float, k: int) -> None:
+        n, ids = cond.shape
+        seeds, positions = [0, 2**62 + 5, 77][:n], [1, 4096, 9][:n]
         ours = gpu.choose(
             cond,
             null,
@@ -341,5 +437,5 @@ class TestChoice:
         )
         params = [SamplingParams(temperature=temperature, top_k=k, seed=seed) for seed in seeds]
         names = torch.arange(1000, 1000 + ids, device=DEVICE)
-        theirs = sample(apply_guidance(cond, null, 3.0), names, params, positions)
-        assert torch.equal(ours + 1000, theirs)
+        logits = cond.float() if null is None else apply_guidance(cond, null, 3.0)
+        assert torch.equal(ours + 1000, sample(logits, names, params, positions))

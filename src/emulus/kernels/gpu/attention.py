@@ -38,8 +38,9 @@ class _Tile:
     stages: int
 
 
-# 64 rows are the least that Hopper's matrix instructions take.
-_SHORT = _Tile(slots=64, rows=64, warps=4, stages=3)
+# 64 rows are the least that Hopper's matrix instructions take; with Ampere's, fewer need fewer registers.
+_HOPPER = _Tile(slots=64, rows=64, warps=4, stages=3)
+_AMPERE = _Tile(slots=64, rows=32, warps=4, stages=3)
 # Products of float32 have no such instructions, and with larger blocks their sums do not fit into registers.
 _FLOAT32 = _Tile(slots=16, rows=16, warps=8, stages=2)
 
@@ -113,7 +114,7 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
     out = torch.empty(n, heads * width, dtype=q.dtype, device=q.device)
     sums = torch.empty(n, heads, _SPLITS, width, dtype=torch.float32, device=q.device)
     peaks, weights = torch.empty(2, n, heads, _SPLITS, dtype=torch.float32, device=q.device)
-    tile = _FLOAT32 if torch.float32 in (q.dtype, where.dtype) else _SHORT
+    tile = _tile(q, where.dtype)
     group = heads // where.kv_heads
     launch.run(
         programs.attend,
@@ -138,3 +139,9 @@ def attend(q: Float[Tensor, "n heads d"], where: Where, layer: int) -> Float[Ten
         num_stages=tile.stages,
     )
     return out
+
+
+def _tile(q: Tensor, lane: torch.dtype) -> _Tile:
+    if torch.float32 in (q.dtype, lane):
+        return _FLOAT32
+    return _AMPERE if 0 < launch.capability(q) < launch.HOPPER else _HOPPER

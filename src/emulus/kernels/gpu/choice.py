@@ -11,11 +11,15 @@ from torch import Tensor
 from emulus.kernels.gpu import launch
 
 if find_spec("triton") is not None:
+    import triton
+
     from emulus.kernels.programs import choice as programs
 
-# Logits of a row that one program keeps in registers, and that it reads at a time else.
-_REGISTERS = 32768
-_CHUNK = 4096
+# Most programs that share a row, and logits that one of them works on at a time.
+_PARTS = 16
+_CHUNK = 2048
+# Logits near the k-th largest that one program keeps in registers while it looks for it.
+_LIST = 8192
 
 
 def choose(
@@ -31,8 +35,11 @@ def choose(
 ) -> Int[Tensor, " n"]:
     """Choose each row's next id: guidance, temperature, top-k, then the largest of logits plus noise.
 
+    Of equal ones the first column is chosen. A logit that is not a number is never chosen and counts as the smallest;
+    a row without any other gives column 0.
+
     Args:
-        cond: Logits given the prompt, of ids that follow one another.
+        cond: Logits given the prompt, of ids that follow one another; bfloat16 or float32.
         null: Logits given the null prompt, laid out alike; ``None`` for no guidance.
         scale: Strength of guidance.
         temperature: 0 takes the largest logit.
@@ -45,18 +52,30 @@ def choose(
         Columns, int64.
     """
     n, ids = cond.shape
-    out = torch.empty(n, dtype=torch.int64, device=cond.device)
+    filtered = temperature != 0 and 0 < k < ids
+    parts = min(_PARTS, triton.next_power_of_2(launch.blocks(ids, _CHUNK)))
+
+    def some(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(n, *shape, dtype=dtype, device=cond.device)
+
+    counts = some(parts, programs.BINS.value if filtered else 0, dtype=torch.int32)
+    ends, bests, out = some(2, dtype=torch.int32), some(parts, dtype=torch.int64), some(dtype=torch.int64)
+    orders, scores = (some(ids if filtered else 0, dtype=dtype) for dtype in (torch.int32, torch.int64))
     cond = cond.contiguous()
+    null = cond if null is None or scale == 1 else null.contiguous()
+    factors = (float(scale), 1 / temperature if temperature else 1.0)
+    shape = {"GUIDED": null is not cond, "FILTERED": filtered, "PARTS": parts, "CHUNK": _CHUNK}
+    launch.run(
+        programs.count, (n, parts), cond, null, counts, ends, ids, cond.stride(0), *factors, **shape, num_warps=8
+    )
     launch.run(
         programs.choose,
-        (n,),
-        *(cond, cond if null is None else null.contiguous(), seeds, positions, out, ids, cond.stride(0), k, first_id),
-        *(float(scale), 1 / temperature if temperature else 1.0),
-        GUIDED=null is not None and scale != 1,
-        FILTERED=temperature != 0 and 0 < k < ids,
+        (n, parts),
+        *(cond, null, seeds, positions, counts, ends, bests, orders, scores, out),
+        *(ids, cond.stride(0), k, first_id, *factors),
+        **shape,
         NOISY=temperature != 0,
-        WHOLE=launch.power(ids) if ids <= _REGISTERS else 0,
-        CHUNK=_CHUNK,
+        LIST=_LIST,
         num_warps=16,
     )
     return out

@@ -8,12 +8,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 if find_spec("triton") is not None:
     from emulus.kernels.programs.common import INTERPRETED, TYPES
 
+HOPPER = 90
+"""Capability of the first GPUs with programmatic dependent launch and matrix instructions for 64 rows."""
 PDL = os.environ.get("EMULUS_PDL") != "0"
-"""Whether kernels may use programmatic dependent launch; only GPUs of compute capability 9 and newer have it."""
+"""Whether kernels may use programmatic dependent launch, on GPUs that have it."""
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -30,29 +33,28 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(args[0]):
-        if PDL and not INTERPRETED and "PDL" in kernel.arg_names and _capability(_device()) >= 90:
+        if PDL and "PDL" in kernel.arg_names and capability(args[0]) >= HOPPER:
             options |= {"PDL": True, "launch_pdl": True}
         kernel[grid](*args, **options)
 
 
-def _device() -> int:
+def capability(tensor: Tensor) -> int:
+    """Compute capability of a tensor's GPU times 10, as in ``sm_90``; 0 in the interpreter."""
+    if INTERPRETED:
+        return 0
     from triton.runtime.driver import driver
 
-    return int(driver.active.get_current_device())
+    with torch.cuda.device_of(tensor):
+        return _capability(driver.active.get_current_device())
 
 
 @functools.cache
 def _capability(device: int) -> int:
-    """Ten times the compute capability of this device, the current one; 0 where it is not NVIDIA's."""
+    """Of this device, the current one."""
     from triton.runtime.driver import driver
 
     target = driver.active.get_current_target()
     return int(target.arch) if target.backend == "cuda" else 0
-
-
-def knows_fp8() -> bool:
-    """Whether the current device has float8_e4m3fn; the interpreter need not."""
-    return not INTERPRETED and _capability(_device()) >= 89
 
 
 def blocks(size: int, block: int) -> int:

@@ -28,6 +28,9 @@ _GROUP = 64
 _ON_THE_WAY = 100 * 1024
 
 
+# Capability of the first GPUs that know float8_e4m3fn.
+_ADA = 89
+
 Tensors = tuple[Tensor, ...]
 Weight = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """A matrix: as it is, or its whole numbers (or floats of 8 bits), scales and low ends."""
@@ -146,7 +149,7 @@ def _launch(
     dtype, size = weights[0].dtype, weights[0].element_size()
     width = _WIDTHS[size]
     kind = {torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(dtype, programs.CAST)
-    if kind == programs.FP8 and not launch.knows_fp8():
+    if kind == programs.FP8 and launch.capability(x) < _ADA:
         weights, kind = tuple(weight.view(torch.int8) for weight in weights), programs.FP8_BITS
     launch.run(
         programs.linear,
