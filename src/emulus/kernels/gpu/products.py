@@ -184,7 +184,10 @@ def _launch_int4(
     groups, (tokens, rows) = scales[0].shape[1], _tile(n, sum(outs))
     if x.shape[1] < groups * _GROUP:
         x = F.pad(x, (0, groups * _GROUP - x.shape[1]))
+    even = groups % _GROUPS == 0
     words = tuple(weight.view(torch.int16) for weight in weights)
+    # Masks of groups take registers, and then the sums of many tokens do not fit.
+    tokens = tokens if even else min(tokens, 16)
     # With fewer rows the scales are copied 2 bytes at a time, which cannot be done on the way; with more rows of many
     # tokens the sums do not fit into the registers.
     rows = 32 if tokens > 16 else max(32, rows)
@@ -197,7 +200,7 @@ def _launch_int4(
         ROWS=rows,
         PARTS=_GROUPS,
         GATED=is_gated,
-        EVEN=groups % _GROUPS == 0,
+        EVEN=even,
         DOT=launch.dot(torch.bfloat16),
         num_warps=8,
         num_stages=_stages(_GROUPS * (rows * (_GROUP // 2 + 4) + tokens * _GROUP * 2)),
