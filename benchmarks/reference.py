@@ -20,7 +20,8 @@ from transformers.models.emu3.modeling_emu3 import Emu3RotaryEmbedding
 
 from benchmarks.harness import require
 from emulus.engine import Request
-from emulus.engine.runner import Feed, Runner
+from emulus.engine.runner import Runner
+from emulus.engine.step import Feed
 from emulus.model import Decoder, DecoderConfig
 from emulus.sampling import SamplingParams
 from emulus.sequence import Grammar

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emulus.engine.cache import CacheLayout, Lane
-from emulus.engine.runner import Feed, Runner
+from emulus.engine.runner import Runner
+from emulus.engine.step import Feed
 from emulus.errors import EmulusError
 from emulus.model import Decoder, DecoderConfig, load_decoder, save_decoder, sized
 from emulus.placement import (

@@ -65,3 +65,28 @@ def numbers(values: Sequence[int], device: torch.device) -> Int64[Tensor, " n"]:
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+def int_table(rows: Sequence[Sequence[int]], device: torch.device) -> Int64[Tensor, "rows n"]:
+    """Rows of whole numbers as an int64 tensor on the host, from where a copy to ``device`` need not be waited for."""
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host.
+
+    Returns:
+        What waits for the copy, but for nothing that the device is given later, and gives it.
+    """
+    if not tensor.is_cuda:
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

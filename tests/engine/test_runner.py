@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emulus.engine.cache import CacheLayout, Lane
-from emulus.engine.runner import Feed, Runner
+from emulus.engine.runner import Runner
+from emulus.engine.step import Feed
 from emulus.errors import EmulusError
 from emulus.kernels import native
 from emulus.model import Decoder, DecoderConfig

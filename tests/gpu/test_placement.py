@@ -9,7 +9,8 @@ import torch
 
 from emulus.engine import Engine
 from emulus.engine.request import Request
-from emulus.engine.runner import Feed, Runner
+from emulus.engine.runner import Runner
+from emulus.engine.step import Feed
 from emulus.errors import EmulusError
 from emulus.model import Decoder, load_decoder, save_decoder, sized
 from emulus.model.quantize import Quantization

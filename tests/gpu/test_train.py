@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from emulus.model.attention import Backend, Row, attend, chunk_of
+from tests.ranks import run_ranks
+from tests.train.sharded import train_sharded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -29,3 +32,9 @@ def test_gpu_backends_equal_sdpa(backend: Backend, part: tuple[int, int] | None)
     torch.testing.assert_close(outs[0], outs[1], atol=2e-2, rtol=2e-2)
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_sharded_model_trains_as_a_plain_one_over_nccl(optimizer: str, tmp_path: Path) -> None:
+    ((sharded, plain),) = run_ranks(1, train_sharded, "cuda", optimizer, tmp_path)
+    assert sharded == pytest.approx(plain, rel=5e-2)

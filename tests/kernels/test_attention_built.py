@@ -94,6 +94,29 @@ def test_all_lanes(
     check_attend(architecture, query, lane, width, ready, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("ids", [32768, 184622])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("guided", [False, True])
+def test_choices(architecture: str, ids: int, dtype: torch.dtype, guided: bool, tmp_path: Path) -> None:
+    logits, numbers = some(2, ids, dtype=dtype), some(2, dtype=torch.int64)
+    with building(architecture, tmp_path) as launches:
+        for temperature, k in ((1, 2048), (1, 0), (0, 0)):
+            gpu.choose(
+                *(logits, logits if guided else None),
+                scale=3,
+                temperature=temperature,
+                k=k,
+                seeds=numbers,
+                positions=numbers,
+                first_id=0,
+            )
+    assert len(launches) == 6
+    for launched in launches:
+        assert usage(launched.kernel).stack == 0
+
+
 def test_one_build_for_any_layer_and_number_of_tokens(built: list[Built]) -> None:
     for n, layer in ((1, 0), (2, 1), (16, 3), (37, 16)):
         # A row in the middle of a packed tensor: its address is a multiple of 8 only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emulus.errors import EmulusError
-from emulus.model import Decoder, sized
-from emulus.model.attention import Row, attend, chunk_of
+from emulus.model import Decoder, attention, sized
+from emulus.model.attention import Row, attend, causal, chunk_of
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -141,3 +142,31 @@ def test_compiled_blocks_are_not_compiled_for_every_number_of_documents() -> Non
     for count in range(1, 13):
         model.hidden(ids, document_lengths=[3] * (count - 1) + [40 - 3 * (count - 1)])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.parametrize("kernel_shares", [False, True])
+def test_varlen_shares_heads_by_itself_where_the_kernel_does_not(
+    kernel_shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the flash kernel, of torch 2.11 and of later ones, on a CPU."""
+    heads: list[tuple[int, int]] = []
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_k: Tensor, *_: int, window_size: object
+    ) -> Tensor:
+        heads.append((q.shape[1], k.shape[1]))
+        parts = zip(*(each.split(starts.diff().tolist()) for each in (q, k, v)), strict=True)
+        each = [causal(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts]
+        return torch.cat(each)
+
+    def newer(*args: Any, window_size: object, enable_gqa: bool = False) -> Tensor:
+        assert enable_gqa
+        return kernel(*args, window_size=window_size)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", newer if kernel_shares else kernel)
+    attention._shares_heads.cache_clear()
+    q, k, v = (tensor.detach() for tensor in qkv(9))
+    varlen, sdpa = (attend(q, k, v, Row.whole([4, 5], backend)) for backend in ("varlen", "sdpa"))  # type: ignore[arg-type]
+    attention._shares_heads.cache_clear()
+    torch.testing.assert_close(varlen, sdpa, atol=2e-6, rtol=1e-5)
+    assert heads == [(4, 2 if kernel_shares else 4)]

@@ -426,6 +426,8 @@ def operations(work: Callable[[Any], T], given: object) -> tuple[int, T]:
         return trace
 
     before = sys.gettrace()
+    # Python 3.12 looks only when tracing begins whether anyone wants operations.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         result = work(given)

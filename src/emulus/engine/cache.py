@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emulus.device import numbers
 from emulus.errors import EmulusError
 from emulus.model.config import DecoderConfig
 
@@ -103,4 +104,4 @@ class Lane:
         """Let slots be seen from now on."""
         assert self.ready is not None, "watch() comes first"
         for ready in self.ready.values():
-            ready[list(positions)] = 1
+            ready.index_fill_(0, numbers(positions, ready.device), 1)

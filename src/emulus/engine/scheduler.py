@@ -6,21 +6,21 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from emulus.device import numbers
+from emulus.device import to_host
 from emulus.engine.budget import Budget, fits
 from emulus.engine.cache import Lane
 from emulus.engine.pace import Pace
 from emulus.engine.request import Counts, Event, Failed, Request
-from emulus.engine.runner import AT_ONCE, Feed, Runner
+from emulus.engine.runner import AT_ONCE, Runner
 from emulus.engine.schedule import Ask, Course, Schedule
+from emulus.engine.step import Feed, rows_of
 from emulus.engine.walk import Walk
 from emulus.errors import EmulusError
 from emulus.placement import free_memory
@@ -33,6 +33,9 @@ _SHARE = 0.9
 
 # Steps that a GPU is given beyond the one that it computes: a quarter of a row of a large picture.
 _AHEAD = 24
+
+# Steps that the host looks at together, while the device computes those after them.
+_AT_A_TIME = 5
 
 
 @dataclass(kw_only=True, eq=False)
@@ -224,29 +227,30 @@ class Scheduler:
         follows = list(zip(*(running.course.foreseen(self._ahead) for running in going), strict=False))
         feeds = [track.feed(ask) for running, ask in zip(going, asks, strict=True) for track in running.tracks]
         rows = [row for row, running in enumerate(going) for _ in running.tracks]
-        turns = [self._choose(going, asks, self._compute(feeds))]
+        turns = [self._choose(going, asks, self._runner.forward(feeds))]
+        parts: list[Callable[[], Tensor]] = []
         computed = sum(len(feed.ids) for feed in feeds)
+        chosen = turns[0]
         for follow in follows:
+            if len(turns) == _AT_A_TIME:
+                parts.append(to_host(torch.stack(turns)))
+                turns = []
             asks = [_next(ask, len(forced)) for ask, forced in zip(asks, follow, strict=True)]
             feeds = [_after(feed, follow[row]) for feed, row in zip(feeds, rows, strict=True)]
-            chosen = turns[-1][numbers(rows, turns[-1].device)]
-            turns.append(self._choose(going, asks, self._compute(feeds, chosen)))
+            chosen = self._choose(going, asks, self._runner.forward(feeds, chosen=chosen, firsts=rows))
+            turns.append(chosen)
             computed += sum(len(feed.ids) for feed in feeds)
-        found = torch.stack(turns).tolist() if follows else [turns[0].tolist()]
-        # Nothing can fail from here on: what is counted and taken is done, and is not done again.
-        self.counts.forwards += len(found)
+        parts.append(to_host(torch.stack(turns)))
+        self.counts.forwards += 1 + len(follows)
         self.counts.computed += computed
-        for turn, ids in enumerate(found):
+        # Each part is told of while the device computes the next. Nothing can fail from here on: what is counted and
+        # taken is done, and is not done again.
+        for turn, ids in enumerate(ids for part in parts for ids in part().tolist()):
             self._take(going, [running.course.ask() for running in going] if turn else first, iter(ids))
-
-    def _compute(self, feeds: Sequence[Feed], chosen: Tensor | None = None) -> Tensor:
-        """Hidden states of one step; with ``chosen``, each feed begins with an id that only the device knows."""
-        holes = list(accumulate([0, *(len(feed.ids) for feed in feeds[:-1])])) if chosen is not None else ()
-        return self._runner.forward(feeds, chosen=chosen, holes=holes)
 
     def _choose(self, going: Sequence[_Running], asks: Sequence[Ask], hidden: Tensor) -> Tensor:
         def logits(rows: list[int], ranges: Ranges) -> Tensor:
-            return self._runner.logits(hidden[numbers(rows, hidden.device)], ranges)
+            return self._runner.logits(rows_of(hidden, rows), ranges)
 
         return choose(logits, list(_questions(going, asks)))
 

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emulus.engine.cache import Lane
-from emulus.engine.runner import AT_ONCE, Feed, Runner
+from emulus.engine.runner import AT_ONCE, Runner
+from emulus.engine.step import Feed
 from emulus.log import progress
 from emulus.model import Decoder
 from emulus.sequence import pack

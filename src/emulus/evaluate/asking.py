@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from emulus.engine import Done, Event, Request
-from emulus.engine.runner import Feed
 from emulus.engine.scores import Beginning, Ids
+from emulus.engine.step import Feed
 from emulus.engine.walk import Walk
 from emulus.pipeline import Emulus
 from emulus.sampling import SamplingParams

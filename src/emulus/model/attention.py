@@ -7,6 +7,7 @@ and no mask of the whole row ever exists.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -165,15 +166,23 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, row: Row, chunk: Chunk, dropout: fl
     """All documents in one call of the flash kernel, which lines queries up with the last of their keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    heads = q.shape[1]
-    # Not every version of the kernel shares heads by itself.
-    k, v = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (k, v))
+    options: dict[str, Any] = {"enable_gqa": True} if _shares_heads() else {}
+    if not options:
+        k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))
     starts = row.cumulative(chunk, q.device)
     longest = (max(piece.queries for piece in chunk.pieces), max(piece.keys for piece in chunk.pieces))
-    out = varlen_attn(q, k, v, *starts, *longest, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, *starts, *longest, window_size=(-1, 0), **options)
     assert isinstance(out, Tensor), "no other results were asked for"
     return out.transpose(0, 1)[None]
+
+
+@lru_cache(maxsize=1)
+def _shares_heads() -> bool:
+    """Whether the flash kernel lets each head of keys serve several of queries, as from torch 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, row: Row, chunk: Chunk, dropout: float) -> Tensor:

@@ -141,7 +141,7 @@ def linear(
         part = matrix if rows is None else matrix[start:stop]
         wanted = x.requires_grad or matrix.requires_grad
     kernels = None if wanted and torch.is_grad_enabled() else _kernels(x)
-    kernel = None if kernels is None else _kernel(kernels, part)
+    kernel = None if kernels is None else kernel_for(kernels, part)
     if kernel is not None:
         return _flat(x, kernel)
     return _dense(x, part) if isinstance(part, Tensor) else _quantized(x, part)
@@ -161,8 +161,8 @@ def _kernels(x: Tensor) -> ModuleType | None:
     return None
 
 
-def _kernel(kernels: ModuleType, part: Tensor | Packed) -> Callable[[Tensor], Tensor] | None:
-    """What multiplies a matrix of inputs by such weights."""
+def kernel_for(kernels: ModuleType, part: Tensor | Packed) -> Callable[..., Tensor] | None:
+    """The kernel of a module that multiplies rows of inputs by such weights; None if there is none."""
     if isinstance(part, Tensor):
         fits = part.dtype in (torch.float32, torch.bfloat16) and part.is_contiguous()
         return partial(kernels.linear, weight=part) if fits else None

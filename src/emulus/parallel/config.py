@@ -18,7 +18,8 @@ class ParallelConfig:
         tensor: Processes that share every matrix.
         recompute: Compute each block again in the backward pass instead of keeping what it computed.
         compile: Compile the blocks.
-        float8: Compute the blocks' products in 8-bit floats (NVIDIA Hopper or newer; needs ``torchao``).
+        float8: Compute the blocks' products in 8-bit floats (NVIDIA Hopper or newer; needs ``torchao``). Pays with
+            ``compile`` only.
     """
 
     replicate: int = 0

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from emulus.errors import EmulusError
+from emulus.log import logger
 from emulus.model import Decoder
 from emulus.parallel.config import ParallelConfig
 from emulus.parallel.processes import Processes
@@ -43,13 +44,25 @@ def spread(model: Decoder, processes: Processes, *, bfloat16: bool = False) -> N
         from emulus.train.float8 import to_float8
 
         to_float8(model, skip=("lm_head",))
+        if not sizes.compile:
+            logger.warning("float8 is slower than bfloat16 unless blocks are compiled; add --train.parallel.compile")
     if sizes.compile:
         for block in model.model.blocks:
             # Inside of what is computed again, where compiled code may not begin outside of it.
             block.add = torch.compile(block.add)  # type: ignore[method-assign]
     mesh = _sharding_mesh(processes.weights, sizes)
-    if mesh is None:
-        return
+    if mesh is not None:
+        shard(model, mesh, bfloat16=bfloat16)
+
+
+def shard(model: Decoder, mesh: DeviceMesh, *, bfloat16: bool = False) -> None:
+    """Share out weights, gradients and optimiser state, block by block, in place.
+
+    Args:
+        model: A decoder; its parameters may be on the meta device.
+        mesh: Who shares; of two dimensions, the first has whole copies.
+        bfloat16: See :func:`spread`.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None,
         reduce_dtype=torch.float32 if bfloat16 else None,

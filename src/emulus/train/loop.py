@@ -257,7 +257,7 @@ class _Loop:
         kept = not self.watch.outlier(size)
         if kept:
             if config.clip_norm:
-                clip_(self.parameters, norm, config.clip_norm)
+                clip_(self.parameters, size, config.clip_norm)
             self.optimizer.step()
         else:
             self.log.note(step + 1, self.watch.skip_note(step + 1, size))

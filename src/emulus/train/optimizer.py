@@ -165,19 +165,18 @@ def total_norm(parameters: Iterable[Tensor]) -> Float64[Tensor, ""]:
 
 
 @torch.no_grad()
-def clip_(parameters: Iterable[Tensor], norm: Float[Tensor, ""], most: float) -> None:
-    """Shorten all gradients so that their norm is ``most``, if it is more.
+def clip_(parameters: Iterable[Tensor], norm: float | Tensor, most: float) -> None:
+    """Shorten all gradients so that their norm is ``most``, if it is more; they are not touched if it is not.
 
     Args:
         parameters: Those whose gradients have the norm.
-        norm: What :func:`total_norm` said.
+        norm: What :func:`total_norm` said. A number, or a GPU is waited for.
         most: The largest norm.
     """
-    # A GPU is not asked whether it is more, since that would take waiting for it.
-    factor = (most / (norm + 1e-6)).clamp(max=1)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            _part_and_copies(parameter.grad, 1)[0].mul_(factor)
+    factor = most / (float(norm) + 1e-6)
+    grads = [_part_and_copies(each.grad, 1)[0] for each in parameters if each.grad is not None]
+    if factor < 1 and grads:
+        torch._foreach_mul_(grads, factor)
 
 
 def _part_and_copies(tensor: Tensor, world: int) -> tuple[Tensor, int]:

@@ -15,9 +15,10 @@ if find_spec("triton") is not None:
 
     from emulus.kernels.programs import choice as programs
 
-# Most programs that share a row, and logits that one of them works on at a time.
+# Most programs that share a row, and logits that one of them counts and scores at a time.
 _PARTS = 16
-_CHUNK = 2048
+_COUNTED = 2048
+_SCORED = 1024
 # Logits near the k-th largest that one program keeps in registers while it looks for it.
 _LIST = 8192
 
@@ -53,7 +54,7 @@ def choose(
     """
     n, ids = cond.shape
     filtered = temperature != 0 and 0 < k < ids
-    parts = min(_PARTS, triton.next_power_of_2(launch.blocks(ids, _CHUNK)))
+    parts = min(_PARTS, triton.next_power_of_2(launch.blocks(ids, _COUNTED)))
 
     def some(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(n, *shape, dtype=dtype, device=cond.device)
@@ -61,21 +62,20 @@ def choose(
     counts = some(parts, programs.BINS.value if filtered else 0, dtype=torch.int32)
     ends, bests, out = some(2, dtype=torch.int32), some(parts, dtype=torch.int64), some(dtype=torch.int64)
     orders, scores = (some(ids if filtered else 0, dtype=dtype) for dtype in (torch.int32, torch.int64))
-    cond = cond.contiguous()
-    null = cond if null is None or scale == 1 else null.contiguous()
-    factors = (float(scale), 1 / temperature if temperature else 1.0)
-    shape = {"GUIDED": null is not cond, "FILTERED": filtered, "PARTS": parts, "CHUNK": _CHUNK}
-    launch.run(
-        programs.count, (n, parts), cond, null, counts, ends, ids, cond.stride(0), *factors, **shape, num_warps=8
-    )
+    guided = null is not None and scale != 1
+    logits = cond.contiguous(), null.contiguous() if guided and null is not None else cond
+    row = ids, logits[0].stride(0)
+    factors = float(scale), 1 / temperature if temperature else 1.0
+    shape = {"GUIDED": guided, "FILTERED": filtered, "PARTS": parts, "num_warps": 8}
+    launch.run(programs.count, (n, parts), *logits, counts, ends, *row, *factors, **shape, CHUNK=_COUNTED)
     launch.run(
         programs.choose,
         (n, parts),
-        *(cond, null, seeds, positions, counts, ends, bests, orders, scores, out),
-        *(ids, cond.stride(0), k, first_id, *factors),
+        *(*logits, seeds, positions, counts, ends, bests, orders, scores, out),
+        *(*row, k, first_id, *factors),
         **shape,
         NOISY=temperature != 0,
+        CHUNK=_SCORED,
         LIST=_LIST,
-        num_warps=16,
     )
     return out
