@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from emulus.kernels import gpu
 from scripts import build_kernels
@@ -48,13 +49,21 @@ def test_nothing_is_built_while_serving(hopper: list[Built], kind: str) -> None:
     weight = build_kernels._weight(kind, 64, 1024)
     for n in (1, 2, 5, 8, 9, 16, 17, 37, 48, 64, 128):
         gpu.linear_group(some(n, 1024), [weight, weight])
+    gpu.linear_group(_stray(1024), [weight, weight])
     assert len({launch.kernel.hash for launch in hopper}) == 3
+
+
+def _stray(size: int) -> Tensor:
+    """One row whose stride means nothing."""
+    return some(1, size).as_strided((1, size), (1, 1))
 
 
 def test_rows_are_no_new_variant(hopper: list[Built]) -> None:
     for n in (1, 2, 16, 37):
         gpu.rms_norm(some(n, 1024), some(1024), 1e-5)
         gpu.silu_mul(some(n, 1024), some(n, 1024))
+    gpu.rms_norm(_stray(1024), some(1024), 1e-5)
+    gpu.silu_mul(_stray(1024), _stray(1024))
     assert len({launch.kernel.hash for launch in hopper}) == 2
 
 

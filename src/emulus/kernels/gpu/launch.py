@@ -57,6 +57,11 @@ def _capability(device: int) -> int:
     return int(target.arch) if target.backend == "cuda" else 0
 
 
+def stride(rows: Tensor) -> int:
+    """Numbers from a row to the next; a single row's own can be anything, and another number is another build."""
+    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
+
+
 def blocks(size: int, block: int) -> int:
     return -(-size // block)
 

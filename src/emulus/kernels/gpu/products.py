@@ -155,8 +155,7 @@ def _launch(
         programs.linear,
         (launch.blocks(n, tokens), launch.blocks(sum(outs), rows)),
         *(part, weights, scales, add, out, n, outs, ins),
-        # The stride of a single row can be anything, and another number would be another kernel.
-        *(part.stride(0) if n > 1 else ins, _strides(weights), None if scales is None else _strides(scales)),
+        *(launch.stride(part), _strides(weights), None if scales is None else _strides(scales)),
         TOKENS=tokens,
         ROWS=rows,
         WIDTH=width,
@@ -194,7 +193,17 @@ def _launch_int4(
     launch.run(
         programs.linear_int4,
         (launch.blocks(n, tokens), launch.blocks(sum(outs), rows)),
-        *(x.to(torch.bfloat16).contiguous().view(torch.int64), words, scales, lows, add, out, n, outs, groups),
+        *(
+            x.to(torch.bfloat16).contiguous().flatten().view(torch.int64),
+            words,
+            scales,
+            lows,
+            add,
+            out,
+            n,
+            outs,
+            groups,
+        ),
         *(_strides(words), _strides(scales)),
         TOKENS=tokens,
         ROWS=rows,
