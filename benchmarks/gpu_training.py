@@ -64,8 +64,8 @@ class Bench:
         with torch.device("meta"):
             model = Decoder(self.config)
         spread(model, Processes(device=self.device, sizes=sizes))
-        draw = torch.Generator().manual_seed(0)
-        fill(model, lambda name, shape: fresh(name, shape, self.config, draw).to(self.device), self.device)
+        draw = torch.Generator(self.device).manual_seed(0)
+        fill(model, lambda name, shape: fresh(name, shape, self.config, draw), self.device)
         return model.train()
 
     def our_step(self, model: Decoder) -> Callable[[], Tensor]:

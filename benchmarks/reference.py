@@ -101,11 +101,11 @@ def make_subject(
         device: Where it shall lie.
         bf16: Whether weights are bfloat16 from the beginning.
     """
-    torch.manual_seed(0)
     with torch.device("meta"):
         decoder = Decoder(config(vocabulary))
     decoder = decoder.to(torch.bfloat16 if bf16 else torch.float32).to_empty(device=device)
-    decoder.reset_parameters()
+    # On the device: a CPU takes a minute to draw 8 B numbers, and the bus some seconds more to bring them.
+    decoder.reset_parameters(torch.Generator(device).manual_seed(0))
     return Subject(decoder=decoder.eval(), grammar=Grammar(vocabulary, _text(vocabulary.text_size)))
 
 

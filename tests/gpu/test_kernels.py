@@ -5,7 +5,6 @@ Run with ``pytest -m gpu`` on a GPU; without one, tests/kernels/test_gpu.py runs
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -30,18 +29,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not INTERPRETED and not gpu.available(), reason="needs a GPU and Triton"),
 ]
-
-if INTERPRETED:
-    from triton.runtime import interpreter
-
-    if hasattr(interpreter, "_patch_lang_tensor"):
-        # Triton before 3.6 makes indices of arrays of one number in a way that NumPy no longer has.
-        @functools.wraps(interpreter._patch_lang_tensor)
-        def _patched(tensor: type, *rest: object, usual=interpreter._patch_lang_tensor) -> None:  # type: ignore[no-untyped-def]
-            usual(tensor, *rest)
-            tensor.__index__ = lambda self: self.handle.data.item()  # type: ignore[attr-defined]
-
-        interpreter._patch_lang_tensor = _patched
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +211,8 @@ def attended(q: Tensor, room: Lanes, layer: int) -> Tensor:
 
 def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter run the programs of each grid from the last to the first."""
+    from triton.runtime import interpreter
+
     builder = interpreter.interpreter_builder
     place = builder.set_grid_idx
 

@@ -220,13 +220,13 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh weights, see :func:`fresh`; nothing happens on the meta device."""
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 return
             with torch.no_grad():
-                parameter.copy_(fresh(name, parameter.shape, self.config))
+                parameter.copy_(fresh(name, parameter.shape, self.config, generator))
 
     def forward(
         self,
@@ -327,11 +327,12 @@ def fresh(
 ) -> Float[Tensor, "..."]:
     """New weights for the parameter called ``name``: N(0, ``initializer_range``); ones for norms, PAD's embedding zero.
 
-    Residual projections are not scaled down by depth, as released.
+    Residual projections are not scaled down by depth, as released. Weights are drawn on the generator's device.
     """
+    device = "cpu" if generator is None else generator.device
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    weight = torch.empty(shape).normal_(std=config.initializer_range, generator=generator)
+        return torch.ones(shape, device=device)
+    weight = torch.empty(shape, device=device).normal_(std=config.initializer_range, generator=generator)
     if name == "model.embed_tokens.weight" and config.pad_token_id is not None:
         weight[config.pad_token_id] = 0
     return weight

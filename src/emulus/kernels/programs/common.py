@@ -18,3 +18,22 @@ TYPES = {
     torch.float8_e4m3fn: tl.float8e4nv,
 }
 """What Triton calls the types that a lane may have."""
+
+
+def _fix_indices() -> None:
+    """Let the interpreter make indices of arrays of one number also with NumPy 2.4 and newer."""
+    from triton.runtime import interpreter
+
+    usual = getattr(interpreter, "_patch_lang_tensor", None)
+    if usual is None:
+        return
+
+    def patched(tensor, *rest):
+        usual(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    _fix_indices()
