@@ -39,13 +39,17 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
 
 
 def capability(tensor: Tensor) -> int:
-    """Compute capability of a tensor's GPU times 10, as in ``sm_90``; 0 in the interpreter."""
+    """Compute capability of a tensor's GPU times 10, as in ``sm_90``; 0 in the interpreter, and without a GPU."""
     if INTERPRETED:
         return 0
     from triton.runtime.driver import driver
 
+    try:
+        active = driver.active
+    except RuntimeError:  # launches are counted where nothing can be launched
+        return 0
     with torch.cuda.device_of(tensor):
-        return _capability(driver.active.get_current_device())
+        return _capability(active.get_current_device())
 
 
 @functools.cache
