@@ -88,12 +88,13 @@ class Usage:
 
 
 @contextmanager
-def building(architecture: str, folder: Path) -> Iterator[list[Built]]:
+def building(architecture: str, folder: Path, names: str = "") -> Iterator[list[Built]]:
     """Build kernels instead of running them.
 
     Args:
         architecture: One of :data:`ARCHITECTURES`.
         folder: Where Triton keeps its builds meanwhile.
+        names: Only kernels whose names begin so.
 
     Yields:
         The launches so far.
@@ -106,6 +107,8 @@ def building(architecture: str, folder: Path) -> Iterator[list[Built]]:
     run, active, cache = JITFunction.run, driver._active, knobs.cache.dir
 
     def build(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
+        if not self.fn.__name__.startswith(names):
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         launches.append(Built(name=self.fn.__name__, args=args, options=options, kernel=kernel, grid=grid))
         return kernel

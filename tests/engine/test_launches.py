@@ -28,7 +28,7 @@ LAYER = {
     "rotate_and_store": 1,
     "attend": 1,
 }
-"""Launches of a layer, beside the one that may combine the parts of attention."""
+"""Launches of a layer."""
 
 
 class Launches:
@@ -71,7 +71,6 @@ def test_a_step_keeps_to_its_budget(
     runner.forward([Feed(lane=lane, ids=[7]), Feed(lane=runner.new_lane(9000), ids=[7])])
     counted = Counter("linear" if name.startswith("linear") else name for name in launches.names)
     layers = config.num_hidden_layers
-    assert counted.pop("combine", layers) == layers
     # Beside the layers', one norm before the head.
     assert counted.pop("rms_norm") == LAYER["rms_norm"] * layers + 1
     assert counted == {name: count * layers for name, count in LAYER.items() if name != "rms_norm"}

@@ -373,7 +373,7 @@ class TestChoice:
         cond, null = draw(2, 3, 3000)
         self._compare(cond, null, 1.0, k)
 
-    @pytest.mark.parametrize("k", [1, 50, 2500, 4999])
+    @pytest.mark.parametrize("k", [1, 2500])
     @pytest.mark.parametrize("spread", [8, 0])
     def test_more_than_fits_registers(self, k: int, spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu.choice, "_LIST", 512)

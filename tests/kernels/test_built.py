@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from emulus.kernels import gpu
 from scripts import build_kernels
-from scripts.built import ARCHITECTURES, SHARED_MEMORY, Built, building, some
+from scripts.built import ARCHITECTURES, SHARED_MEMORY, Built, building, instructions, some
 from tests.kernels.test_gpu import needs_triton
 
 pytestmark = needs_triton
@@ -24,8 +25,8 @@ def check(lines: list[build_kernels.Line]) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_step_of_two_tokens(architecture: str) -> None:
-    check(list(build_kernels.lines(architecture, ["emu3-8b"], ["bfloat16", "int4"], [2], "")))
+def test_products_of_two_tokens(architecture: str) -> None:
+    check(list(build_kernels.lines(architecture, ["emu3-8b"], ["bfloat16", "int4"], [2], "linear")))
 
 
 @pytest.mark.slow
@@ -48,13 +49,21 @@ def test_nothing_is_built_while_serving(hopper: list[Built], kind: str) -> None:
     weight = build_kernels._weight(kind, 64, 1024)
     for n in (1, 2, 5, 8, 9, 16, 17, 37, 48, 64, 128):
         gpu.linear_group(some(n, 1024), [weight, weight])
+    gpu.linear_group(_stray(1024), [weight, weight])
     assert len({launch.kernel.hash for launch in hopper}) == 3
+
+
+def _stray(size: int) -> Tensor:
+    """One row whose stride means nothing."""
+    return some(1, size).as_strided((1, size), (1, 1))
 
 
 def test_rows_are_no_new_variant(hopper: list[Built]) -> None:
     for n in (1, 2, 16, 37):
         gpu.rms_norm(some(n, 1024), some(1024), 1e-5)
         gpu.silu_mul(some(n, 1024), some(n, 1024))
+    gpu.rms_norm(_stray(1024), some(1024), 1e-5)
+    gpu.silu_mul(_stray(1024), _stray(1024))
     assert len({launch.kernel.hash for launch in hopper}) == 2
 
 
@@ -63,3 +72,19 @@ def test_launches_overlap_on_hopper_alone(tmp_path: Path) -> None:
         with building(architecture, tmp_path / architecture) as launches:
             gpu.linear(some(2, 1024), some(64, 1024, dtype=torch.bfloat16), add=some(2, 64))
         assert launches[0].kernel.asm["ptx"].count("griddepcontrol.wait") == waits
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_weights_are_fetched_before_the_wait_and_nothing_else_is_touched(hopper: list[Built], kind: str) -> None:
+    weight = build_kernels._weight(kind, 64, 1024)
+    gpu.gated(some(2, 1024), weight, weight)
+    code = [text for _, text in instructions(hopper[0].kernel.asm["cubin"])]
+    (wait,) = [i for i, text in enumerate(code) if text.startswith("ACQBULK")]
+    fetches = [i for i, text in enumerate(code) if text.startswith("CCTL")]
+    touches = [i for i, text in enumerate(code) if text.startswith(("LDG", "STG"))]
+    assert fetches
+    assert max(fetches) < wait < min(touches)
+
+
+def test_fp8_where_the_card_does_not_know_it() -> None:
+    check(list(build_kernels.lines("sm_80", ["emoji-9m"], ["fp8"], [2], "linear")))

@@ -39,13 +39,17 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
 
 
 def capability(tensor: Tensor) -> int:
-    """Compute capability of a tensor's GPU times 10, as in ``sm_90``; 0 in the interpreter."""
+    """Compute capability of a tensor's GPU times 10, as in ``sm_90``; 0 in the interpreter, and without a GPU."""
     if INTERPRETED:
         return 0
     from triton.runtime.driver import driver
 
+    try:
+        active = driver.active
+    except RuntimeError:  # launches are counted where nothing can be launched
+        return 0
     with torch.cuda.device_of(tensor):
-        return _capability(driver.active.get_current_device())
+        return _capability(active.get_current_device())
 
 
 @functools.cache
@@ -55,6 +59,11 @@ def _capability(device: int) -> int:
 
     target = driver.active.get_current_target()
     return int(target.arch) if target.backend == "cuda" else 0
+
+
+def stride(rows: Tensor) -> int:
+    """Numbers from a row to the next; a single row's own can be anything, and another number is another build."""
+    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
 
 
 def blocks(size: int, block: int) -> int:

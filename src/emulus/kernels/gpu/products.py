@@ -28,6 +28,9 @@ _GROUP = 64
 _ON_THE_WAY = 100 * 1024
 
 
+# Capability of the first GPUs that know float8_e4m3fn.
+_ADA = 89
+
 Tensors = tuple[Tensor, ...]
 Weight = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """A matrix: as it is, or its whole numbers (or floats of 8 bits), scales and low ends."""
@@ -145,17 +148,19 @@ def _launch(
     part, ins, (tokens, rows) = x.to(torch.bfloat16), x.shape[1], _tile(n, sum(outs))
     dtype, size = weights[0].dtype, weights[0].element_size()
     width = _WIDTHS[size]
+    kind = {torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(dtype, programs.CAST)
+    if kind == programs.FP8 and launch.capability(x) < _ADA:
+        weights, kind = tuple(weight.view(torch.int8) for weight in weights), programs.FP8_BITS
     launch.run(
         programs.linear,
         (launch.blocks(n, tokens), launch.blocks(sum(outs), rows)),
         *(part, weights, scales, add, out, n, outs, ins),
-        # The stride of a single row can be anything, and another number would be another kernel.
-        *(part.stride(0) if n > 1 else ins, _strides(weights), None if scales is None else _strides(scales)),
+        *(launch.stride(part), _strides(weights), None if scales is None else _strides(scales)),
         TOKENS=tokens,
         ROWS=rows,
         WIDTH=width,
         PARTS=_PARTS,
-        KIND={torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(dtype, programs.CAST),
+        KIND=kind,
         GATED=is_gated,
         EVEN=ins % (width * _PARTS) == 0,
         DOT=launch.dot(torch.bfloat16),
@@ -178,20 +183,33 @@ def _launch_int4(
     groups, (tokens, rows) = scales[0].shape[1], _tile(n, sum(outs))
     if x.shape[1] < groups * _GROUP:
         x = F.pad(x, (0, groups * _GROUP - x.shape[1]))
+    even = groups % _GROUPS == 0
     words = tuple(weight.view(torch.int16) for weight in weights)
+    # Masks of groups take registers, and then the sums of many tokens do not fit.
+    tokens = tokens if even else min(tokens, 16)
     # With fewer rows the scales are copied 2 bytes at a time, which cannot be done on the way; with more rows of many
     # tokens the sums do not fit into the registers.
     rows = 32 if tokens > 16 else max(32, rows)
     launch.run(
         programs.linear_int4,
         (launch.blocks(n, tokens), launch.blocks(sum(outs), rows)),
-        *(x.to(torch.bfloat16).contiguous().view(torch.int64), words, scales, lows, add, out, n, outs, groups),
+        *(
+            x.to(torch.bfloat16).contiguous().flatten().view(torch.int64),
+            words,
+            scales,
+            lows,
+            add,
+            out,
+            n,
+            outs,
+            groups,
+        ),
         *(_strides(words), _strides(scales)),
         TOKENS=tokens,
         ROWS=rows,
         PARTS=_GROUPS,
         GATED=is_gated,
-        EVEN=groups % _GROUPS == 0,
+        EVEN=even,
         DOT=launch.dot(torch.bfloat16),
         num_warps=8,
         num_stages=_stages(_GROUPS * (rows * (_GROUP // 2 + 4) + tokens * _GROUP * 2)),

@@ -22,7 +22,7 @@ def rms_norm(x: Float[Tensor, "n size"], weight: Float[Tensor, " size"], eps: fl
     launch.run(
         programs.rms_norm,
         (n,),
-        *(x, weight, out, size, x.stride(0), eps),
+        *(x, weight, out, size, launch.stride(x), eps),
         BLOCK=block,
         num_warps=min(8, max(1, block // 512)),
     )
@@ -35,5 +35,5 @@ def silu_mul(gate: Float[Tensor, "n size"], up: Float[Tensor, "n size"]) -> Floa
     out = torch.empty(n, size, dtype=gate.dtype, device=gate.device)
     block = min(1024, launch.power(size))
     grid = (launch.blocks(size, block), n)
-    launch.run(programs.silu_mul, grid, gate, up, out, size, gate.stride(0), up.stride(0), BLOCK=block)
+    launch.run(programs.silu_mul, grid, gate, up, out, size, launch.stride(gate), launch.stride(up), BLOCK=block)
     return out

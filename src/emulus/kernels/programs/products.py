@@ -19,7 +19,10 @@ _ASSEMBLY = tl.constexpr(not INTERPRETED)
 CAST = tl.constexpr(0)
 ROUND = tl.constexpr(1)
 FP8 = tl.constexpr(2)
+FP8_BITS = tl.constexpr(3)
 _GROUP = tl.constexpr(64)
+# Lines of 128 bytes that are fetched of each row ahead: at least the first two rounds of a loop.
+_LINES = tl.constexpr(16)
 
 
 @triton.jit
@@ -48,6 +51,19 @@ def _row_at(matrices, strides, outs, row):
         at = tl.where(row >= first, matrices[i] + (row - first).to(tl.int64) * strides[i], at)
         first += outs[i]
     return at
+
+
+@triton.jit
+def _fetch(row_at, columns, LINES: tl.constexpr):
+    """Begin to bring the first ``LINES`` times 128 bytes of rows of ``columns`` numbers to the L2 cache.
+
+    Weights are no other kernel's output, so the memory need not idle until the kernel before has ended.
+    """
+    per_line: tl.constexpr = 1024 // row_at.dtype.element_ty.primitive_bitwidth
+    at = row_at[:, None] + tl.minimum(tl.arange(0, LINES) * per_line, columns - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -80,6 +96,30 @@ def _finish(sums, out, add, n, total, tokens, rows, GATED: tl.constexpr):
     tl.store(out + at, sums.to(typed), mask=inside)
 
 
+@triton.jit
+def _from_fp8(codes):
+    """Give the floats (e4m3fn) that stand in bytes, exactly; GPUs before compute capability 8.9 know no such type."""
+    if _ASSEMBLY:
+        # The digits moved to where bfloat16 has them are short of 2 ** 120 alone. Four bytes lie in a register.
+        weights = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d, m, z; mov.b32 m, 0x7B807B80; mov.b32 z, 0x80008000; "
+            "prmt.b32 a, 0, $2, 0x5140; prmt.b32 b, 0, $2, 0x7160; "
+            "shr.u32 c, a, 4; shr.u32 d, b, 4; and.b32 c, c, 0x07F007F0; and.b32 d, d, 0x07F007F0; "
+            "lop3.b32 a, a, z, c, 0xEA; lop3.b32 b, b, z, d, 0xEA; "
+            "fma.rn.bf16x2 $0, a, m, z; fma.rn.bf16x2 $1, b, m, z; }",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        wide = codes.to(tl.int16)
+        halves = ((wide & 0x7F) << 7) | ((wide << 8) & -0x8000)
+        weights = halves.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return weights
+
+
 @triton.jit(do_not_specialize=["n"])
 def linear(
     x,
@@ -106,13 +146,16 @@ def linear(
     """Rows of ``weights`` times ``TOKENS`` tokens; a row's scale, if any, is multiplied at the end."""
     rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row_at = _row_at(weights, strides, outs, row)[None, :, None]
+    row_at = _row_at(weights, strides, outs, row)
+    if PDL:
+        _fetch(row_at, ins, _LINES)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_at = row_at[None, :, None]
     token_at = (tl.minimum(tokens, n - 1) * x_stride)[None, None, :]
     here = _read(tokens, n, TOKENS)[None, None, :]
     inner = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     for start in range(0, ins, PARTS * WIDTH):
         columns = start + inner
         if EVEN:
@@ -126,9 +169,9 @@ def linear(
         elif KIND == FP8:
             # By this detour every step has an instruction of full speed.
             w = w.to(tl.float16).to(tl.float32)
+        elif KIND == FP8_BITS:
+            w = _from_fp8(w)
         sums = tl.dot(w.to(DOT), part.to(DOT), sums)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     product = tl.sum(sums, 0)
     if scales is not None:
         product *= tl.load(_row_at(scales, scale_strides, outs, row))[:, None]
@@ -181,14 +224,18 @@ def linear_int4(
     """Like :func:`linear`; weights and ``x`` are read as words of four inputs, one of which is multiplied at a time."""
     rows, row, total = _place(tl.program_id(1), outs, ROWS, GATED)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row_at = _row_at(weights, strides, outs, row)[None, :, None]
-    scale_at = _row_at(scales, scale_strides, outs, row)[None, :]
-    low_at = _row_at(lows, scale_strides, outs, row)[None, :]
+    row_at = _row_at(weights, strides, outs, row)
+    scale_at, low_at = _row_at(scales, scale_strides, outs, row), _row_at(lows, scale_strides, outs, row)
+    if PDL:
+        _fetch(row_at, groups * (_GROUP // 4), _LINES)
+        _fetch(scale_at, groups, 1)
+        _fetch(low_at, groups, 1)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_at, scale_at, low_at = row_at[None, :, None], scale_at[None, :], low_at[None, :]
     token_at = (tl.minimum(tokens, n - 1) * (groups * (_GROUP // 4)))[None, None, :]
     here = _read(tokens, n, TOKENS)[None, None, :]
     sums = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     for start in range(0, groups, PARTS):
         group = start + tl.arange(0, PARTS)
         inner = group[:, None] * (_GROUP // 4) + tl.arange(0, _GROUP // 4)[None, :]
@@ -206,6 +253,4 @@ def linear_int4(
             part = (fours >> (16 * number)).to(tl.int16).to(tl.bfloat16, bitcast=True)
             w = _from_int4(words, steps[:, :, None], least[:, :, None], number)
             sums = tl.dot(w.to(DOT), part.to(DOT), sums)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     _finish(tl.sum(sums, 0), out, add, n, total, tokens, rows, GATED)
