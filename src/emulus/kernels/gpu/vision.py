@@ -54,17 +54,17 @@ def group_norm(
     together = _together(groups, wide)
     splits = _splits(places, groups // together)
     rows = max(16, min(_ROWS, _ROWS * _CHANNELS // (together * wide)))
-    share = launch.blocks(launch.blocks(places, splits), rows) * rows
+    tiles = launch.blocks(launch.blocks(places, splits), rows)
     sums = torch.empty(n, 2, splits, groups, dtype=torch.float32, device=x.device)
     times, plus = (x, x) if steering is None else (last(each) for each in steering)
     shape = {"CHANNELS": channels, "WIDTH": width, "WIDE": wide, "GROUPS": together, "SPLITS": splits, "ROWS": rows}
     down, across = (1, 1) if steering is None else (sides[-2] // times.shape[-2], sides[-1] // times.shape[-1])
     grid = (splits, groups // together, n)
-    launch.run(programs.moments, grid, x, sums, places, share, **shape, num_warps=4)
+    launch.run(programs.moments, grid, x, sums, places, tiles, **shape, num_warps=4)
     launch.run(
         programs.normalise,
         grid,
-        *(x, sums, norm.weight, norm.bias, times, plus, out, places, share, sides[-1], down, across, norm.eps),
+        *(x, sums, norm.weight, norm.bias, times, plus, out, places, tiles, sides[-1], down, across, norm.eps),
         **shape,
         STEERED=steering is not None,
         SILU=silu,

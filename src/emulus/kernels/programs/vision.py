@@ -22,12 +22,12 @@ def _spread(values, WIDE: tl.constexpr, GROUPS: tl.constexpr):
     return tl.reshape(tl.broadcast_to(values[:, None], (GROUPS, WIDE)), (GROUPS * WIDE,))
 
 
-@triton.jit(do_not_specialize=["places", "share"])
+@triton.jit(do_not_specialize=["places", "tiles"])
 def moments(
     x,
     sums,
     places,
-    share,
+    tiles,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
@@ -47,14 +47,14 @@ def moments(
         tl.extra.cuda.gdc_wait()
     split, first, sample = tl.program_id(0), tl.program_id(1) * GROUPS, tl.program_id(2).to(tl.int64)
     channel, real = _channels(first, WIDTH, WIDE, GROUPS)
-    end = tl.minimum((split + 1) * share, places)
+    end = tl.minimum((split + 1) * tiles * ROWS, places)
     lane = tl.arange(0, ROWS)
     mean = tl.zeros((ROWS, GROUPS * WIDE), tl.float32)
     square = tl.zeros((ROWS, GROUPS * WIDE), tl.float32)
     base = x + sample * places * CHANNELS
     seen = 0.0
-    for start in tl.range(0, share, ROWS, num_stages=3):
-        place = split * share + start + lane
+    for tile in tl.range(0, tiles, num_stages=3):
+        place = (split * tiles + tile) * ROWS + lane
         there = place < end
         at = place.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         value = tl.load(base + at, mask=there[:, None] & real[None, :], other=0.0).to(tl.float32)
@@ -64,7 +64,7 @@ def moments(
         square += off * tl.where(there[:, None], value - mean, 0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    rounds = tl.cdiv(tl.maximum(end - split * share - lane, 0), ROWS).to(tl.float32)
+    rounds = tl.cdiv(tl.maximum(end - split * tiles * ROWS - lane, 0), ROWS).to(tl.float32)
     count = tl.maximum(tl.sum(rounds, 0), 1.0)
     by_channel = tl.sum(mean * rounds[:, None], 0) / count
     by_group = tl.sum(tl.reshape(tl.where(real, by_channel, 0.0), (GROUPS, WIDE)), 1) / WIDTH
@@ -98,7 +98,7 @@ def _whole(
     return mean, tl.sum(squares / WIDTH + part * off * off, 0)
 
 
-@triton.jit(do_not_specialize=["places", "share", "wide", "down", "across"])
+@triton.jit(do_not_specialize=["places", "tiles", "wide", "down", "across"])
 def normalise(
     x,
     sums,
@@ -108,7 +108,7 @@ def normalise(
     plus,
     out,
     places,
-    share,
+    tiles,
     wide,
     down,
     across,
@@ -131,17 +131,17 @@ def normalise(
         tl.extra.cuda.gdc_wait()
     split, first, sample = tl.program_id(0), tl.program_id(1) * GROUPS, tl.program_id(2).to(tl.int64)
     channel, real = _channels(first, WIDTH, WIDE, GROUPS)
-    mean, variance = _whole(sums, sample, first, places, share, CHANNELS // WIDTH, WIDTH, GROUPS, SPLITS)
+    mean, variance = _whole(sums, sample, first, places, tiles * ROWS, CHANNELS // WIDTH, WIDTH, GROUPS, SPLITS)
     centre = _spread(mean, WIDE, GROUPS)
     scale = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
     scale *= _spread(1.0 / tl.sqrt_rn(variance + eps), WIDE, GROUPS)
     shift = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    end = tl.minimum((split + 1) * share, places)
+    end = tl.minimum((split + 1) * tiles * ROWS, places)
     coarse = wide // across
     base = sample * places * CHANNELS
     steer = sample * (places // (down * across)) * CHANNELS
-    for start in tl.range(0, share, ROWS, num_stages=3):
-        place = split * share + start + tl.arange(0, ROWS)
+    for tile in tl.range(0, tiles, num_stages=3):
+        place = (split * tiles + tile) * ROWS + tl.arange(0, ROWS)
         inside = (place < end)[:, None] & real[None, :]
         at = place.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         value = tl.load(x + base + at, mask=inside, other=0.0).to(tl.float32)
