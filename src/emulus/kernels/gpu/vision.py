@@ -64,9 +64,11 @@ def group_norm(
     launch.run(
         programs.normalise,
         grid,
-        *(x, sums, norm.weight, norm.bias, times, plus, out, places, tiles, sides[-1], down, across, norm.eps),
+        *(x, sums, norm.weight, norm.bias, times, plus, out, places, tiles, sides[-1], norm.eps),
         **shape,
         STEERED=steering is not None,
+        DOWN=down,
+        ACROSS=across,
         SILU=silu,
         num_warps=4,
     )

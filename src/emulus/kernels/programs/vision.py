@@ -98,7 +98,7 @@ def _whole(
     return mean, tl.sum(squares / WIDTH + part * off * off, 0)
 
 
-@triton.jit(do_not_specialize=["places", "tiles", "wide", "down", "across"])
+@triton.jit(do_not_specialize=["places", "tiles", "wide"])
 def normalise(
     x,
     sums,
@@ -110,8 +110,6 @@ def normalise(
     places,
     tiles,
     wide,
-    down,
-    across,
     eps,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -120,12 +118,14 @@ def normalise(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     STEERED: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
     SILU: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Normalise some groups over a share of a sample's places; then each place's own scale and shift, and SiLU.
 
-    The map is ``wide`` places wide, and ``down`` by ``across`` of them have one scale and shift.
+    The map is ``wide`` places wide, and ``DOWN`` by ``ACROSS`` of them have one scale and shift.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -137,9 +137,9 @@ def normalise(
     scale *= _spread(1.0 / tl.sqrt_rn(variance + eps), WIDE, GROUPS)
     shift = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     end = tl.minimum((split + 1) * tiles * ROWS, places)
-    coarse = wide // across
+    coarse = wide // ACROSS
     base = sample * places * CHANNELS
-    steer = sample * (places // (down * across)) * CHANNELS
+    steer = sample * (places // (DOWN * ACROSS)) * CHANNELS
     for tile in tl.range(0, tiles, num_stages=3):
         place = (split * tiles + tile) * ROWS + tl.arange(0, ROWS)
         inside = (place < end)[:, None] & real[None, :]
@@ -147,12 +147,13 @@ def normalise(
         value = tl.load(x + base + at, mask=inside, other=0.0).to(tl.float32)
         value = (value - centre[None, :]) * scale[None, :] + shift[None, :]
         if STEERED:
-            cell = place // wide // down * coarse + place % wide // across
+            row = place // wide
+            cell = row // DOWN * coarse + (place - row * wide) // ACROSS
             near = steer + cell.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
             value *= tl.load(times + near, mask=inside, other=0.0).to(tl.float32)
             value += tl.load(plus + near, mask=inside, other=0.0).to(tl.float32)
         if SILU:
-            value *= tl.sigmoid(value)
+            value = value / (1.0 + tl.exp(-value))
         tl.store(out + base + at, value.to(out.dtype.element_ty), mask=inside)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
