@@ -455,7 +455,7 @@ class Emulus(Prompter):
 
     def _paint(self, codes: Int[Tensor, "b *grid"]) -> Tensor:
         # Clones leave inference mode, so that callers may do with pixels what they like.
-        return self.vision.decode(codes.to(self.vision.device)).float().cpu().clone()
+        return self.vision.decode(codes).float().cpu().clone()
 
     # Running the engine.
 

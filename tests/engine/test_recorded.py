@@ -21,8 +21,8 @@ from emulus.kernels import gpu, native
 from emulus.kernels.where import Where
 from emulus.model.quantize import quantize_decoder
 from emulus.model.transformer import rms_norm
-from tests.engine.test_graphs import Recording
 from tests.engine.tiny import GRAMMAR, make_decoder, requests_of_every_kind
+from tests.kernels.test_graphs import Recording
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs a C++ compiler")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulus.engine.graphs import Graphs
 from emulus.kernels import gpu
+from emulus.kernels.graphs import Graphs
 from emulus.kernels.where import Where
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu.available(), reason="needs a GPU and Triton")]

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from emulus.device import int_table, numbers
 from emulus.engine.cache import CacheLayout, Lane
-from emulus.engine.graphs import Graphs
 from emulus.engine.step import Feed, Span, Step, padded, rows_of
 from emulus.errors import EmulusError
 from emulus.kernels import gpu, native
+from emulus.kernels.graphs import Graphs
 from emulus.kernels.where import Where
 from emulus.model.attention import attend
 from emulus.model.linear import Packed, QuantizedLinear, kernel_for, linear

@@ -3,8 +3,9 @@
 Frames are independent in every 2-D layer, ``(frames, channels, height, width)``. Only the causal 3-D layers,
 ``(batch, channels, time, height, width)``, mix them, and they look backwards only.
 
-Without gradients, wide 2-D layers on a CPU run in bands of rows (``bands.py``), faster and in less memory; narrow ones,
-other devices and training take the plain way written here. Both give the same up to rounding.
+Without gradients, wide 2-D layers on a CPU run in bands of rows (``bands.py``), faster and in less memory, and norms of
+16-bit maps on a GPU as Triton kernels (``on_gpu.py``); narrow layers, float32 on a GPU and training take the plain way
+written here. All give the same up to rounding.
 
 Source: released ``modeling_emu3visionvq.py``; MoVQ (arXiv:2209.09002) for the spatial norm.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emulus.tokenizer.vision import bands
+from emulus.tokenizer.vision import bands, on_gpu
 from emulus.tokenizer.vision.bands import Affine, Map
 from emulus.tokenizer.vision.config import NORM_GROUPS
 
@@ -34,9 +35,14 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS, affine=True)
 
-    def forward(self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None) -> Float[Tensor, "n c h w"]:
-        """Normalise each sample's channel groups."""
-        return super().forward(x)
+    def forward(
+        self, x: Float[Tensor, "n c h w"], zq: Tensor | None = None, *, silu: bool = False
+    ) -> Float[Tensor, "n c h w"]:
+        """Normalise each sample's channel groups, with SiLU behind if so asked."""
+        if on_gpu.usable(x):
+            return on_gpu.group_norm(x, self, silu=silu)
+        normed = super().forward(x)
+        return F.silu(normed) if silu else normed
 
     def factors(self, x: Map, zq: Map | None = None) -> Affine:
         """The same for one feature map, as a scale and a shift."""
@@ -52,12 +58,17 @@ class SpatialNorm(nn.Module):
         self.conv_y = nn.Conv2d(code_channels, channels, kernel_size=1)
         self.conv_b = nn.Conv2d(code_channels, channels, kernel_size=1)
 
-    def forward(self, x: Float[Tensor, "n c h w"], zq: Float[Tensor, "n d i j"]) -> Float[Tensor, "n c h w"]:
-        """Normalise ``x`` by the vectors ``zq``, which may lie on a coarser grid."""
+    def forward(
+        self, x: Float[Tensor, "n c h w"], zq: Float[Tensor, "n d i j"], *, silu: bool = False
+    ) -> Float[Tensor, "n c h w"]:
+        """Normalise ``x`` by the vectors ``zq``, which may lie on a coarser grid, with SiLU behind if so asked."""
         # A 1x1 convolution commutes with nearest resizing, and the coarse grid has up to 64 times fewer places.
-        scale = F.interpolate(self.conv_y(zq), size=x.shape[-2:], mode="nearest")
-        shift = F.interpolate(self.conv_b(zq), size=x.shape[-2:], mode="nearest")
-        return torch.addcmul(shift, self.norm_layer(x), scale)
+        scale, shift = self.conv_y(zq), self.conv_b(zq)
+        if on_gpu.usable(x):
+            return on_gpu.group_norm(x, self.norm_layer, (scale, shift), silu=silu)
+        scale, shift = (F.interpolate(each, size=x.shape[-2:], mode="nearest") for each in (scale, shift))
+        normed = torch.addcmul(shift, self.norm_layer(x), scale)
+        return F.silu(normed) if silu else normed
 
     def factors(self, x: Map, zq: Map | None) -> Affine:
         """The same for one feature map, as a scale and a shift, steered by its codebook vectors."""
@@ -91,8 +102,8 @@ class ResnetBlock(nn.Module):
         """Refine features in place; ``zq`` are the decoder's codebook vectors."""
         if bands.usable(x, self.conv1.in_channels) and not (self.training and self.dropout.p):
             return bands.each_map(self._in_bands, x, zq)
-        hidden = self.conv1(F.silu(self.norm1(x, zq)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden, zq))))
+        hidden = self.conv1(self.norm1(x, zq, silu=True))
+        hidden = self.conv2(self.dropout(self.norm2(hidden, zq, silu=True)))
         return cast(Tensor, (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + hidden)
 
     def _in_bands(self, x: Map, zq: Map | None) -> Map:

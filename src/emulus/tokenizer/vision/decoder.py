@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emulus.tokenizer.vision import bands
+from emulus.tokenizer.vision import bands, on_gpu
 from emulus.tokenizer.vision.blocks import (
     Layer,
     Level,
@@ -21,6 +21,7 @@ from emulus.tokenizer.vision.blocks import (
     TemporalResnetBlock,
     TemporalUpsample,
     Upsample,
+    heavy_convolutions,
     precision_of,
 )
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
@@ -84,6 +85,7 @@ class Decoder(nn.Module):
     def frames(self, latents: Float[Tensor, "n z h w"], vectors: Float[Tensor, "n z h w"]) -> Float[Tensor, "n c H W"]:
         """The part that paints each frame alone."""
         with precision_of(self.mid):
+            latents = on_gpu.laid_out(latents, self.mid.block_1.conv1, lambda: heavy_convolutions(self))
             hidden = self.conv_in(latents)
             for layer in self._layers():
                 hidden = layer(hidden, vectors)
@@ -98,7 +100,7 @@ class Decoder(nn.Module):
     def _finish(self, x: Tensor, zq: Tensor | None) -> Tensor:
         if bands.usable(x, self.conv_out.in_channels):
             return bands.each_map(self._paint, x, zq)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x, zq))))
+        return cast(Tensor, self.conv_out(self.norm_out(x, zq, silu=True)))
 
     def _paint(self, x: bands.Map, zq: bands.Map | None) -> bands.Map:
         return bands.convolve(x, self.conv_out, affine=self.norm_out.factors(x, zq))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emulus.tokenizer.vision import bands
+from emulus.tokenizer.vision import bands, on_gpu
 from emulus.tokenizer.vision.blocks import (
     Downsample,
     GroupNorm,
@@ -20,6 +20,7 @@ from emulus.tokenizer.vision.blocks import (
     Past,
     TemporalDownsample,
     TemporalResnetBlock,
+    heavy_convolutions,
     precision_of,
 )
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
@@ -59,7 +60,7 @@ class Encoder(nn.Module):
     def frames(self, pixels: Float[Tensor, "n c H W"]) -> Float[Tensor, "n z h w"]:
         """The part that sees each frame alone."""
         with precision_of(self.mid):
-            hidden = pixels
+            hidden = on_gpu.laid_out(pixels, self.mid.block_1.conv1, lambda: heavy_convolutions(self))
             for layer in self._layers():
                 hidden = layer(hidden, None)
             return hidden
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
     def _finish(self, x: Tensor, _: Tensor | None) -> Tensor:
         if bands.usable(x, self.conv_out.in_channels):
             return bands.each_map(self._gather, x)
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(x))))
+        return cast(Tensor, self.conv_out(self.norm_out(x, silu=True)))
 
     def _gather(self, x: bands.Map, _: bands.Map | None) -> bands.Map:
         return bands.convolve(x, self.conv_out, affine=self.norm_out.factors(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from emulus.errors import EmulusError
 from emulus.threads import one_thread
+from emulus.tokenizer.vision import on_gpu
 from emulus.tokenizer.vision.blocks import CausalConv3d, Past, heavy_convolutions
 from emulus.tokenizer.vision.config import VisionTokenizerConfig
 from emulus.tokenizer.vision.decoder import Decoder
 from emulus.tokenizer.vision.encoder import Encoder
 from emulus.tokenizer.vision.quantizer import Quantizer
 
-# Pixels that the spatial layers take together: pictures and frames that are more go through one after the other.
+# Pixels that the spatial layers take together on a CPU: more pictures and frames go through one after the other.
 PIECE_PIXELS = 2**18
 # So few pixels are decoded by one thread: a second one gains little, and on a busy machine both wait for each other.
 ONE_THREAD_PIXELS = 2**15
@@ -42,6 +44,16 @@ class VisionTokenizer(nn.Module):
         self.quant_conv = CausalConv3d(config.z_channels, config.embed_dim)
         self.post_quant_conv = CausalConv3d(config.embed_dim, config.z_channels)
         self.apply(_initialise)
+        self._recordings = on_gpu.Recordings()
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> VisionTokenizer:
+        # Recordings read the weights from where they were.
+        self._recordings = on_gpu.Recordings()
+        return cast(VisionTokenizer, super()._apply(fn, recurse))
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes over: everything but the recordings, which read this one's weights."""
+        return {**self.__dict__, "_recordings": on_gpu.Recordings()}
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "b *frames c H W"]) -> Int[Tensor, "b *latent h w"]:
@@ -56,8 +68,8 @@ class VisionTokenizer(nn.Module):
         Raises:
             EmulusError: Sides are not multiples of the spatial factor, or frames of the temporal factor.
         """
-        codes = self.quantize.encode(self.latents(pixels))
-        return codes[:, 0] if pixels.ndim == 4 else codes
+        self._check(pixels)
+        return self._batched("encode", self._codes_of, pixels, pixels=_area(pixels) * _frames(pixels))
 
     @torch.inference_mode()
     def encode_stream(self, frames: Iterable[Float[Tensor, "c H W"]]) -> Iterator[Int[Tensor, "h w"]]:
@@ -81,7 +93,8 @@ class VisionTokenizer(nn.Module):
                 shape = tuple(frame.shape)
             if tuple(frame.shape) != shape:
                 raise EmulusError(f"a clip's frames must have one shape, got {tuple(frame.shape)} after {shape}")
-            features.append(self.encoder.frames(frame[None]))
+            with on_gpu.exact(frame.device):
+                features.append(self.encoder.frames(frame[None]))
             if len(features) == self.config.temporal_factor:
                 yield self.quantize.encode(self._latents_of(torch.stack(features, dim=2), past))[0, 0]
                 features.clear()
@@ -93,39 +106,54 @@ class VisionTokenizer(nn.Module):
         """Frames of a clip of any length, as its codes come in: those of :meth:`decode` of the whole clip.
 
         Args:
-            codes: Frames of codes of one size.
+            codes: Frames of codes of one size, on the host or where the weights are.
 
         Yields:
             Pixels ``(C, H, W)``, ``temporal_factor`` frames for each frame of codes.
 
         Raises:
-            EmulusError: A code is outside the codebook, or a frame of codes has another shape than the first.
+            EmulusError: A code is outside the codebook (known at the end only, if it lies on a GPU: looking at each
+                frame would wait for it), or a frame of codes has another shape than the first.
         """
         past: Past = {}
         shape: tuple[int, ...] | None = None
+        foreign: Tensor | None = None
         for frame in codes:
             shape = tuple(frame.shape) if shape is None else shape
             if tuple(frame.shape) != shape:
                 raise EmulusError(f"a clip's codes must have one shape, got {tuple(frame.shape)} after {shape}")
-            vectors = self._vectors(frame[None, None])
+            if frame.is_cuda:
+                known = frame.clamp(0, self.config.codebook_size - 1)
+                foreign = (known != frame).any() | (False if foreign is None else foreign)
+                frame = known
+            else:
+                self._check_codes(frame)
+            vectors = self.quantize.decode(self._here(frame[None, None]))
             latents, steering = self._spread(vectors, past, first_frame=False)
             for both in zip(latents.unbind(2), steering.unbind(2), strict=True):
-                yield self.decoder.frames(*both)[0].to(self.dtype)
+                with on_gpu.exact(latents.device):
+                    painted = self.decoder.frames(*both)[0].to(self.dtype)
+                yield painted
+        if foreign is not None and bool(foreign):
+            raise self._foreign()
 
     @torch.inference_mode()
     def decode(self, codes: Int[Tensor, "b *latent h w"]) -> Float[Tensor, "b *frames c H W"]:
         """Pixels of codes (see :meth:`encode`); values may leave [-1, 1] a little.
+
+        Args:
+            codes: On the host, where they are best looked at, or where the weights are.
 
         Raises:
             EmulusError: A code is outside the codebook, or the shape is neither an image's nor a clip's.
         """
         if codes.ndim not in (3, 4):
             raise EmulusError(f"codes must be (B, h, w) or (B, t, h, w), got shape {tuple(codes.shape)}")
-        is_image = codes.ndim == 3
-        pixels = codes.numel() * self.config.spatial_factor**2 * (1 if is_image else self.config.temporal_factor)
-        with one_thread(pixels <= ONE_THREAD_PIXELS):
-            vectors = self._vectors(codes[:, None] if is_image else codes)
-            return self.paint(vectors, is_image=is_image).to(self.dtype)
+        self._check_codes(codes)
+        frames = 1 if codes.ndim == 3 else codes.shape[1] * self.config.temporal_factor
+        pixels = _area(codes) * self.config.spatial_factor**2 * frames
+        with one_thread(len(codes) * pixels <= ONE_THREAD_PIXELS):
+            return self._batched("decode", self._pixels_of, self._here(codes), pixels=pixels)
 
     def to_bfloat16(self, *, encoder: bool = False) -> VisionTokenizer:
         """Hold nearly all weights in bfloat16, in place: half the memory and about twice the speed, for inference only.
@@ -144,11 +172,42 @@ class VisionTokenizer(nn.Module):
             for conv in heavy_convolutions(half).values():
                 conv.weight.requires_grad_(False)
                 conv.weight.data = conv.weight.data.bfloat16()
+        self._recordings = on_gpu.Recordings()
         return self
+
+    def _codes_of(self, pixels: Float[Tensor, "b *frames c H W"]) -> Int[Tensor, "b *latent h w"]:
+        codes = self.quantize.encode(self.latents(pixels))
+        return codes[:, 0] if pixels.ndim == 4 else codes
+
+    def _pixels_of(self, codes: Int[Tensor, "b *latent h w"]) -> Float[Tensor, "b *frames c H W"]:
+        is_image = codes.ndim == 3
+        vectors = self.quantize.decode(codes[:, None] if is_image else codes)
+        return self.paint(vectors, is_image=is_image).to(self.dtype)
+
+    def _batched(self, name: str, function: Callable[[Tensor], Tensor], x: Tensor, *, pixels: int) -> Tensor:
+        """Apply a function of this model to samples; on a GPU to some at a time, and recorded where sizes come again.
+
+        Args:
+            name: Of the function.
+            function: What to apply.
+            x: Samples along the first axis.
+            pixels: Of a sample.
+        """
+        if x.device.type != "cuda" or not len(x):
+            return function(x)
+        # A recording knows neither another precision nor that batch norms learn.
+        plain = self.training or torch.is_autocast_enabled(x.device.type)
+        recorded = function if plain else partial(self._recordings, name, function)
+        with on_gpu.exact(x.device):
+            return on_gpu.in_batches(function, x, pixels=pixels, recorded=recorded)
 
     def latents(self, pixels: Float[Tensor, "b *frames c H W"]) -> Float[Tensor, "b d t h w"]:
         """Latents before quantisation; an image has ``t`` = 1."""
         self._check(pixels)
+        with on_gpu.exact(pixels.device):
+            return self._latents(pixels)
+
+    def _latents(self, pixels: Tensor) -> Tensor:
         if pixels.ndim == 4:
             # A still clip: its frames are equal until the temporal part, so they are computed once.
             features = _in_pieces(self.encoder.frames, pixels, pixels=_area(pixels))[:, :, None]
@@ -158,6 +217,10 @@ class VisionTokenizer(nn.Module):
 
     def paint(self, vectors: Float[Tensor, "b d t h w"], *, is_image: bool) -> Float[Tensor, "b *frames c H W"]:
         """Pixels from codebook vectors: ``(B, C, H, W)`` for an image (``t`` = 1), else ``(B, 4t, C, H, W)``."""
+        with on_gpu.exact(vectors.device):
+            return self._paint(vectors, is_image=is_image)
+
+    def _paint(self, vectors: Tensor, *, is_image: bool) -> Tensor:
         both = self._spread(vectors, first_frame=is_image)
         batch = vectors.shape[0]
         flat = (each[:, :, 0] if is_image else each.transpose(1, 2).flatten(0, 1) for each in both)
@@ -167,18 +230,25 @@ class VisionTokenizer(nn.Module):
     def _latents_of(self, features: Float[Tensor, "b z T h w"], past: Past | None = None) -> Tensor:
         """Latents of the frames' features."""
         # The few channels of the temporal part and of the codebook cost nothing and decide the codes: float32.
-        with torch.autocast(features.device.type, enabled=False):
+        with on_gpu.exact(features.device), torch.autocast(features.device.type, enabled=False):
             return cast(Tensor, self.quant_conv(self.encoder.time(features.to(self.dtype), past), past))
 
-    def _vectors(self, codes: Int[Tensor, "b t h w"]) -> Float[Tensor, "b d t h w"]:
-        """Codebook vectors of codes that are checked."""
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
-            raise EmulusError(f"codes must lie in 0..{self.config.codebook_size - 1}: from another vision tokenizer?")
-        return self.quantize.decode(codes)
+    def _check_codes(self, codes: Tensor) -> None:
+        """Look once whether all codes are of this codebook; waits for the device that they are on."""
+        if codes.numel():
+            least, most = torch.stack(codes.aminmax()).tolist()
+            if not 0 <= least <= most < self.config.codebook_size:
+                raise self._foreign()
+
+    def _foreign(self) -> EmulusError:
+        return EmulusError(f"codes must lie in 0..{self.config.codebook_size - 1}: from another vision tokenizer?")
+
+    def _here(self, codes: Tensor) -> Tensor:
+        return codes.to(self.device, non_blocking=True)
 
     def _spread(self, vectors: Tensor, past: Past | None = None, *, first_frame: bool) -> tuple[Tensor, Tensor]:
         """What the decoder paints each frame from, and what steers its norms."""
-        with torch.autocast(vectors.device.type, enabled=False):
+        with on_gpu.exact(vectors.device), torch.autocast(vectors.device.type, enabled=False):
             latents = self.post_quant_conv(vectors, past)
             return self.decoder.time(latents, vectors, past, first_frame=first_frame)
 
@@ -214,6 +284,10 @@ def _area(grid: Tensor) -> int:
     return grid.shape[-2] * grid.shape[-1]
 
 
+def _frames(pixels: Tensor) -> int:
+    return pixels.shape[1] if pixels.ndim == 5 else 1
+
+
 def _in_pieces(layers: Callable[..., Tensor], *samples: Tensor, pixels: int) -> Tensor:
     """Apply layers that see each sample alone to some samples at a time, unless gradients need all at once.
 
@@ -222,7 +296,8 @@ def _in_pieces(layers: Callable[..., Tensor], *samples: Tensor, pixels: int) -> 
         *samples: What it takes, by its arguments, the samples along the first axis.
         pixels: Of a sample.
     """
-    count, step = len(samples[0]), max(1, PIECE_PIXELS // pixels)
+    together = on_gpu.PIECE_PIXELS if samples[0].is_cuda else PIECE_PIXELS
+    count, step = len(samples[0]), max(1, together // pixels)
     if torch.is_grad_enabled() or count <= step:
         return layers(*samples)
     result: Tensor | None = None

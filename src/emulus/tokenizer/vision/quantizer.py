@@ -6,8 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-# Distances in the table of a search, 16 MiB: some latents at a time.
+from emulus.tokenizer.vision import on_gpu
+
+# Distances in the table of a search, 16 MiB: some latents at a time. A GPU takes 256 MiB, in a few large launches.
 SEARCH_TABLE = 2**22
+SEARCH_TABLE_GPU = 2**26
 
 
 class Quantizer(nn.Module):
@@ -24,11 +27,12 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, latents: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
         """Index of the nearest codebook vector (squared distance) for each latent."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with on_gpu.exact(latents.device), torch.autocast(latents.device.type, enabled=False):
             codebook = self.embedding.weight.float()
             # |x|^2 is the same for every vector of a row, so it cannot change the choice.
             norms = codebook.square().sum(1)
-            rows = latents.float().split(max(1, SEARCH_TABLE // len(codebook)))
+            table_size = SEARCH_TABLE_GPU if latents.device.type == "cuda" else SEARCH_TABLE
+            rows = latents.float().split(max(1, table_size // len(codebook)))
             table = norms.new_empty(len(rows[0]), len(codebook))
             found = [
                 torch.addmm(norms, chunk, codebook.T, alpha=-2, out=table[: len(chunk)]).argmin(1) for chunk in rows

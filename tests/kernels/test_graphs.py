@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulus.engine import graphs as module
-from emulus.engine.graphs import CudaRecorder, Graphs
+from emulus.kernels import graphs as module
+from emulus.kernels.graphs import CudaRecorder, Graphs
 
 CPU = torch.device("cpu")
 
