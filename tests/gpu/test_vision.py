@@ -17,8 +17,6 @@ from emulus.errors import EmulusError
 from emulus.kernels import gpu
 from emulus.kernels.gpu import vision
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig, on_gpu
-
-# Importing it also makes the interpreter fit this NumPy.
 from tests.gpu.test_kernels import DEVICE, INTERPRETED
 
 pytestmark = [
