@@ -1,4 +1,4 @@
-"""What runs where few packages are installed, as on a machine with a GPU that was only lent."""
+"""What runs where few packages are installed, as on a bare machine with a GPU."""
 
 from __future__ import annotations
 

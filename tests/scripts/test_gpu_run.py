@@ -1,4 +1,4 @@
-"""The scripts for a GPU that was lent: parts under limits, in tiny on a CPU."""
+"""The scripts for a first run on a GPU: parts under time limits, in tiny on a CPU."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def linear_int4(
         x: Activations.
         q: Two neighbouring inputs a byte, the first in the low half; ``32 * groups`` bytes a row.
         scale: Of each row and group.
-        low: Likewise.
+        low: Lower end of each row and group.
         add: As in :func:`linear`.
     """
     return _multiply(x, [(q, scale, low)], add=add)
