@@ -1,7 +1,8 @@
 """How fast the released vision tokenizer is on a GPU: ``python -m benchmarks.gpu_vision --json``.
 
-One picture of 720 x 720 pixels to codes and back, random weights, in float32 and in bfloat16, and bfloat16 with
-channels last. The baseline is the plain float32 way on the same device.
+One picture of 720 x 720 pixels to codes and back, random weights: in float32, in bfloat16 as PyTorch runs it, and in
+bfloat16 with fused norms and channels last. The baseline is float32 on the same device. ``floor_ms`` is what
+:mod:`benchmarks.vision_floor` adds up.
 """
 
 from __future__ import annotations
@@ -9,26 +10,28 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from typing import Literal, get_args
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.harness import Case, Options, Timings, case, main
-from benchmarks.vision import Kind, tokenizer
+from benchmarks.vision import tokenizer
+from benchmarks.vision_floor import Way, cost
 from emulus.device import pick_device
 from emulus.errors import EmulusError
-from emulus.tokenizer.vision import VisionTokenizer
+from emulus.tokenizer.vision import VisionTokenizer, on_gpu
+
+Half = Literal["encode", "decode"]
 
 REPEATS = 5
 SETTINGS = {"side": (720, "pixels of the picture's sides")}
-WAYS: dict[str, tuple[Kind, torch.memory_format]] = {
-    "fp32": ("fp32", torch.contiguous_format),
-    "bf16": ("bf16", torch.contiguous_format),
-    "bf16-channels-last": ("bf16", torch.channels_last),
-}
 
 
-def run(half: str, way: str, options: Options) -> Case:
+def run(half: Half, way: Way, options: Options) -> Case:
     """Time one half of the tokenizer one way against float32.
 
     Raises:
@@ -38,43 +41,46 @@ def run(half: str, way: str, options: Options) -> Case:
         raise EmulusError("there is no CUDA device here; --toy runs everything in tiny on a CPU")
     device = pick_device("cpu" if options.toy else "cuda")
     side, repeats = (32, 1) if options.toy else (options.settings["side"], REPEATS)
-    plain, ours = (_work(half, each, device, side, toy=options.toy) for each in ("fp32", way))
-    timings = Timings(baseline=_timed(plain, repeats), ours=_timed(ours, repeats))
+    pixels = torch.rand(1, 3, side, side, device=device) * 2 - 1
+    timings = Timings(
+        baseline=_timed(half, "fp32", pixels, repeats, toy=options.toy),
+        ours=_timed(half, way, pixels, repeats, toy=options.toy),
+    )
+    config = tokenizer("fp32", toy=options.toy).config
     return case(
         f"{half}-{way}",
         timings,
-        Options(pairs=repeats, threads=options.threads, clock="wall", toy=options.toy),
+        replace(options, pairs=repeats, clock="wall"),
         device="cpu" if options.toy else torch.cuda.get_device_name(),
         side=side,
         ms=round(statistics.median(timings.ours) * 1000, 3),
+        floor_ms=round(cost(config, half, way, height=side, width=side).seconds * 1000, 3),
     )
 
 
-def _work(half: str, way: str, device: torch.device, side: int, *, toy: bool) -> Callable[[], object]:
-    kind, layout = WAYS[way]
-    model: VisionTokenizer = tokenizer(kind, toy=toy).to(device)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=layout)
-    pixels = torch.rand(1, 3, side, side, device=device) * 2 - 1
-    codes = model.encode(pixels)
-    return partial(model.encode, pixels) if half == "encode" else partial(model.decode, codes)
+def _timed(half: Half, way: Way, pixels: torch.Tensor, repeats: int, *, toy: bool) -> list[float]:
+    """Seconds of each call, once the size is recorded."""
+    model: VisionTokenizer = tokenizer("fp32" if way == "fp32" else "bf16", toy=toy).to(pixels.device)
+    plain = patch.multiple(on_gpu, usable=lambda x: False, laid_out=lambda x, *rest: x)
+    work: Callable[[], object] = partial(model.encode, pixels)
+    if half == "decode":
+        work = partial(model.decode, model.encode(pixels).cpu())
 
-
-def _timed(work: Callable[[], object], repeats: int) -> list[float]:
     def once() -> float:
         start = time.perf_counter()
         work()
-        if torch.cuda.is_available():
+        if pixels.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    once()
-    return [once() for _ in range(repeats)]
+    with nullcontext() if way == "bf16-fused" else plain:
+        for _ in range(1 if toy else 4):
+            once()
+        return [once() for _ in range(repeats)]
 
 
 CASES: dict[str, Callable[[Options], Case]] = {
-    f"{half}-{way}": partial(run, half, way) for half in ("encode", "decode") for way in WAYS
+    f"{half}-{way}": partial(run, half, way) for half in get_args(Half) for way in get_args(Way)
 }
 
 if __name__ == "__main__":

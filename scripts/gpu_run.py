@@ -124,7 +124,7 @@ def first() -> list[Part]:
             name="vision",
             limit=40,
             command=benchmark("gpu_vision", options=once),
-            toy=benchmark("gpu_vision", "encode-bf16", options=[*once, "--toy"]),
+            toy=benchmark("gpu_vision", "encode-bf16-fused", options=[*once, "--toy"]),
         ),
         Part(
             name="pictures-together",

@@ -67,7 +67,7 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
     machine, vision = script("first_gpu_run.sh", *toy[3:], out=tmp_path / "out")
     assert machine["status"] == vision["status"] == "ok"
     assert machine["cases"][0]["device"] == "cpu"
-    assert vision["cases"][0]["case"] == "encode-bf16"
+    assert vision["cases"][0]["case"] == "encode-bf16-fused"
     for command, folder in ((build, REPOSITORY), (again, tmp_path)):
         assert command[0] == "python"
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"}
