@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from emulus.engine import cache
+from emulus.engine import runner as module
 from emulus.engine.cache import CacheLayout, Lane
 from emulus.engine.runner import Runner
 from emulus.engine.step import Feed
 from emulus.errors import EmulusError
 from emulus.kernels import native
 from emulus.model import Decoder, DecoderConfig
+from emulus.model.attention import Row
 from emulus.model.quantize import quantize_decoder
 
 VOCAB = 61
@@ -94,6 +97,46 @@ def test_all_blocks_in_one_call_are_the_same_to_the_bit(kind: str, qk_norm: bool
         if runner is together:
             expected = [*first, *then]
     assert all(torch.equal(one, other) for one, other in zip(expected, [*first, *then], strict=True))
+
+
+def test_prompts_without_a_mask_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here with PyTorch's attention on a CPU: pieces of prompts, but no tokens out of order."""
+    decoder, ids = small(), random_ids(300, 1)
+    found, rows = [], []
+    usual = module.attend
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        rows.append(row)
+        return usual(q, k, v, row)
+
+    monkeypatch.setattr(module, "attend", seen)
+    monkeypatch.setattr(module, "_kernels", lambda norm, width: None)
+    for unmasked in (False, True):
+        monkeypatch.setattr(module, "_has_unmasked", lambda q, unmasked=unmasked: unmasked)
+        runner = Runner(decoder)
+        lane = runner.new_lane(300)
+        logits = [step(runner, [lane], [piece])[0] for piece in (ids[:150], ids[150:290])]
+        # Out of order: the last of the slots is not the last token.
+        feed = Feed(lane=lane, ids=ids[290:292], positions=[291, 290], wanted=[0, 1])
+        logits.append(runner.logits(runner.forward([feed]), [(0, VOCAB)]))
+        found.append(torch.cat(logits))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1][:290], whole(decoder, ids[:290]), atol=3e-5, rtol=1e-5)
+    # Two pieces in three layers.
+    assert [row.lengths for row in rows] == [(150,)] * 3 + [(290,)] * 3
+
+
+def test_marks_on_a_lane_are_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[list[int]] = []
+    usual = cache.numbers
+    monkeypatch.setattr(cache, "numbers", lambda values, device: (copied.append([*values]), usual(values, device))[1])
+    lane = Runner(small()).new_lane(8)
+    lane.length = 2
+    lane.watch()
+    lane.mark([3, 5])
+    assert lane.ready is not None
+    assert [ready.tolist() for ready in lane.ready.values()] == [[1, 1, 0, 1, 0, 1, 0, 0]]
+    assert copied == [[3, 5]]
 
 
 def test_bfloat16_is_near() -> None:

@@ -465,12 +465,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layer: _Layer, step: _Context) -> T
         memory[1, :, span.positions] = v[:, span.tokens].to(memory.dtype)
         keys, values = (part[None, :, : span.visible].to(q.dtype) for part in memory)
         queries = q[None, :, span.tokens]
-        # On a GPU the kernels that need no mask are many times faster.
         seen = (
-            attend(queries, keys, values, span.row) if q.is_cuda and span.row else _masked(queries, keys, values, span)
+            _masked(queries, keys, values, span)
+            if span.row is None or not _has_unmasked(q)
+            else attend(queries, keys, values, span.row)
         )
         parts.append(seen[0].transpose(0, 1).flatten(1))
     return torch.cat(parts)
+
+
+def _has_unmasked(q: Tensor) -> bool:
+    """Whether there are kernels that need no mask for these queries; on a GPU they are many times faster."""
+    return q.is_cuda
 
 
 def _masked(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
