@@ -85,6 +85,12 @@ def test_a_sample_knows_nothing_of_its_neighbours() -> None:
     assert torch.equal(vision.group_norm(x, norm)[1:2], vision.group_norm(x[1:2], norm))
 
 
+@torch.inference_mode()
+def test_no_samples_are_normalised_too() -> None:
+    for shape in ((0, 64, 6, 4), (2, 64, 0, 4)):
+        assert vision.group_norm(torch.empty(shape, device=DEVICE).bfloat16(), norm_of(64)).shape == shape
+
+
 @pytest.fixture
 def cpu() -> VisionTokenizer:
     torch.manual_seed(0)
@@ -146,6 +152,21 @@ def test_recorded_is_eager(cpu: VisionTokenizer, short: bool) -> None:
             torch.testing.assert_close(cuda.decode(codes), painted, atol=0, rtol=0)
     assert len(cuda._recordings) == 4
     assert sum(len(graphs) for graphs in cuda._recordings._graphs.values()) == 4
+
+
+@card
+def test_a_recording_does_not_outlive_its_weights(cpu: VisionTokenizer) -> None:
+    cuda = cpu.cuda()
+    codes = torch.randint(64, (1, 24, 16), device="cuda")
+    for _ in range(on_gpu.CALLS_BEFORE + 2):
+        before = cuda.decode(codes)
+    half = {name: 0.5 * value for name, value in cuda.decoder.state_dict().items()}
+    cuda.decoder.load_state_dict(half, assign=True)
+    with torch.inference_mode(), on_gpu.exact(codes.device):
+        painted = cuda._pixels_of(codes)
+    assert not torch.equal(painted, before)
+    for _ in range(on_gpu.CALLS_BEFORE + 2):
+        torch.testing.assert_close(cuda.decode(codes), painted, atol=0, rtol=0)
 
 
 @card

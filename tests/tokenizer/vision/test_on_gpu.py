@@ -177,12 +177,33 @@ def test_the_tokenizer_recorded_gives_the_same(model: VisionTokenizer) -> None:
 
 
 def test_recordings_go_with_the_weights_they_read(model: VisionTokenizer) -> None:
-    first = model._recordings
+    first = model._recordings_now()
+    with torch.no_grad():
+        model.quantize.embedding.weight.mul_(2)
+    assert model._recordings_now() is first
     assert copy.deepcopy(model)._recordings is not first
     model.to(torch.float64)
-    second = model._recordings
-    assert second is not first
-    assert model.float().to_bfloat16()._recordings is not second
+    assert model._recordings is not first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.decoder.to(torch.bfloat16),
+        lambda model: model.to_bfloat16(),
+        lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+        lambda model: setattr(model.decoder, "mid", copy.deepcopy(model.decoder.mid)),
+        lambda model: model.encoder.time_res_stack[0].norm1.register_buffer("running_mean", torch.zeros(4)),
+    ],
+    ids=["half", "rounded", "assigned", "replaced", "buffer"],
+)
+def test_a_part_that_moves_ends_its_recordings(model: VisionTokenizer, change: Callable[[Any], object]) -> None:
+    """Memory of the old weights may be another's by then."""
+    first, held = model._recordings_now(), [tensor.detach() for tensor in model.state_dict().values()]
+    change(model)
+    assert model._recordings_now() is not first
+    assert model._recordings_now() is model._recordings_now()
+    assert held
 
 
 @pytest.mark.parametrize(("count", "pixels", "sizes"), [(5, 400, [2, 2, 1]), (2, 2000, [1, 1]), (3, 100, [3])])
@@ -226,14 +247,38 @@ def test_no_tf32_inside_and_nothing_changed_outside(settings: tuple[Any, ...]) -
     with on_gpu.exact(torch.device("cuda")):
         thread.start()
         assert entered.wait(10)
-        assert [each.fp32_precision for each in settings] == ["ieee", "ieee"]
+        assert [each.fp32_precision for each in settings] == ["ieee"] * 3
     # The other one is still inside.
-    assert [each.fp32_precision for each in settings] == ["ieee", "ieee"]
+    assert [each.fp32_precision for each in settings] == ["ieee"] * 3
     leave.set()
     thread.join()
-    assert [each.fp32_precision for each in settings] == ["tf32", "tf32"]
+    assert [each.fp32_precision for each in settings] == ["tf32"] * 3
     with on_gpu.exact(torch.device("cpu")):
         assert settings[0].fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_older_setting_can_be_read_meanwhile(settings: tuple[Any, ...], allowed: bool) -> None:
+    """PyTorch raises where it contradicts the settings by operation, in whichever thread asks."""
+    usual = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        before = [each.fp32_precision for each in settings]
+        with on_gpu.exact(torch.device("cuda")):
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 is allowed
+        assert [each.fp32_precision for each in settings] == before
+    finally:
+        torch.backends.cudnn.allow_tf32 = usual
+
+
+def test_settings_that_contradict_each_other_stay_as_they_were(settings: tuple[Any, ...]) -> None:
+    settings[0].fp32_precision = "ieee"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+        assert torch.backends.cudnn.allow_tf32
+    with on_gpu.exact(torch.device("cuda")):
+        assert [each.fp32_precision for each in settings] == ["ieee"] * 3
+    assert [each.fp32_precision for each in settings] == ["ieee", "tf32", "tf32"]
 
 
 def test_every_way_in_is_exact(model: VisionTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

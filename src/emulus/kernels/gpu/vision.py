@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import torch
@@ -45,9 +46,9 @@ def group_norm(
     x = last(x)
     out = torch.empty_like(x)
     n, channels, *sides = x.shape
-    places = x[0, 0].numel()
     if not x.numel():
         return out
+    places = math.prod(sides)
     groups = norm.num_groups
     width = channels // groups
     wide = 1 << (width - 1).bit_length()

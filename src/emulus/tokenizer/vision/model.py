@@ -47,7 +47,7 @@ class VisionTokenizer(nn.Module):
         self._recordings = on_gpu.Recordings()
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> VisionTokenizer:
-        # Recordings read the weights from where they were.
+        # Recordings would keep the device's memory.
         self._recordings = on_gpu.Recordings()
         return cast(VisionTokenizer, super()._apply(fn, recurse))
 
@@ -172,7 +172,6 @@ class VisionTokenizer(nn.Module):
             for conv in heavy_convolutions(half).values():
                 conv.weight.requires_grad_(False)
                 conv.weight.data = conv.weight.data.bfloat16()
-        self._recordings = on_gpu.Recordings()
         return self
 
     def _codes_of(self, pixels: Float[Tensor, "b *frames c H W"]) -> Int[Tensor, "b *latent h w"]:
@@ -197,9 +196,16 @@ class VisionTokenizer(nn.Module):
             return function(x)
         # A recording knows neither another precision nor that batch norms learn.
         plain = self.training or torch.is_autocast_enabled(x.device.type)
-        recorded = function if plain else partial(self._recordings, name, function)
+        recorded = function if plain else partial(self._recordings_now(), name, function)
         with on_gpu.exact(x.device):
             return on_gpu.in_batches(function, x, pixels=pixels, recorded=recorded)
+
+    def _recordings_now(self) -> on_gpu.Recordings:
+        """Recordings that read the weights from where they are: parts may have been moved, rounded or replaced."""
+        addresses = on_gpu.addresses_of(self)
+        if self._recordings.addresses != addresses:
+            self._recordings = on_gpu.Recordings(addresses=addresses)
+        return self._recordings
 
     def latents(self, pixels: Float[Tensor, "b *frames c H W"]) -> Float[Tensor, "b d t h w"]:
         """Latents before quantisation; an image has ``t`` = 1."""
