@@ -74,5 +74,10 @@ def test_weights_are_drawn_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> No
     def config(_: Vocabulary) -> object:
         return sized("tiny", **shape)
 
+    asked: list[object] = []
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda *device: (asked.append(device), generator(*device))[1])
     reference.make_subject(config, vocabulary, device="cpu", bf16=True)  # type: ignore[arg-type]
     assert devices == ["cpu"] * 9
+    # A CPU is named as any other device would be.
+    assert asked == [("cpu",)]
