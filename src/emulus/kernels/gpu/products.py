@@ -145,7 +145,7 @@ def _launch(
     outs: tuple[int, ...],
     is_gated: bool,
 ) -> None:
-    part, ins, (tokens, rows) = x.to(torch.bfloat16), x.shape[1], _tile(n, sum(outs))
+    part, ins, (tokens, rows) = x.to(torch.bfloat16), x.shape[1], _tile(x, sum(outs))
     dtype, size = weights[0].dtype, weights[0].element_size()
     width = _WIDTHS[size]
     kind = {torch.float32: programs.ROUND, torch.float8_e4m3fn: programs.FP8}.get(dtype, programs.CAST)
@@ -180,7 +180,7 @@ def _launch_int4(
     outs: tuple[int, ...],
     is_gated: bool,
 ) -> None:
-    groups, (tokens, rows) = scales[0].shape[1], _tile(n, sum(outs))
+    groups, (tokens, rows) = scales[0].shape[1], _tile(x, sum(outs))
     if x.shape[1] < groups * _GROUP:
         x = F.pad(x, (0, groups * _GROUP - x.shape[1]))
     even = groups % _GROUPS == 0
@@ -220,13 +220,15 @@ def _strides(matrices: Tensors) -> tuple[int, ...]:
     return tuple(matrix.stride(0) for matrix in matrices)
 
 
-def _tile(n: int, outs: int) -> tuple[int, int]:
+def _tile(x: Tensor, outs: int) -> tuple[int, int]:
     """Tokens and rows that one program works on.
 
     Few rows leave no multiprocessor idle; but each block of them reads all activations, which many tokens make dear.
+    Before Hopper (0 is the interpreter) 64 rows of many tokens do not fit into shared memory.
     """
+    n, wide = len(x), not 0 < launch.capability(x) < 90
     tokens = 8 if n <= 8 else 16 if n <= 16 else 32
-    return tokens, 16 if outs <= 2048 else 64 if outs >= 8192 and tokens > 8 else 32
+    return tokens, 16 if outs <= 2048 else 64 if outs >= 8192 and tokens > 8 and wide else 32
 
 
 def _stages(size: int) -> int:
