@@ -52,7 +52,7 @@ class Cost:
     """What a pass takes.
 
     Attributes:
-        flop: Of products.
+        flop: Operations of convolutions and matrix products.
         bytes: Read and written.
         seconds: At least, layer after layer.
         convolutions: The part of the seconds in convolutions.
@@ -117,12 +117,12 @@ def cost(
     """Add up what one pass costs.
 
     Args:
-        config: Of the tokenizer.
+        config: The tokenizer's configuration.
         half: Pictures to latents, or codebook vectors to pictures. The temporal layers of a few channels and
             the search for codes are left out.
         way: Precision and kernels.
         height: Pixels, a multiple of the spatial factor.
-        width: Pixels, likewise.
+        width: Pixels, a multiple of the spatial factor.
         count: Pictures in a batch.
         card: What the GPU reaches.
     """

@@ -89,8 +89,8 @@ def lines(architecture: str, models: list[str], kinds: list[str], tokens: list[i
 
     Args:
         architecture: One of :data:`scripts.built.ARCHITECTURES`.
-        models: Of :data:`MODELS`.
-        kinds: Of :data:`KINDS`.
+        models: Keys of :data:`MODELS`.
+        kinds: Types of weights, from :data:`KINDS`.
         tokens: How many a step has.
         kernel: What names of kernels begin with.
 

@@ -52,7 +52,7 @@ class Built:
     """One launch's kernel.
 
     Attributes:
-        name: Of the Triton function.
+        name: Name of the Triton function.
         args: What it was launched with, in order.
         options: Its constants and Triton's own options.
         kernel: What Triton made of it.
@@ -71,7 +71,7 @@ class Usage:
     """What a kernel needs.
 
     Attributes:
-        registers: Of a thread.
+        registers: Registers per thread.
         stack: Bytes of memory a thread has because registers do not suffice.
         shared: Bytes of shared memory of a program.
         spills: Instructions that read or write that stack.

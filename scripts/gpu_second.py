@@ -139,7 +139,7 @@ def do(what: str, plan: Plan) -> None:
 
     Args:
         what: ``tokens``, ``measure``, ``train``, ``evaluate`` or ``keep``.
-        plan: Of the run.
+        plan: The run's plan.
     """
     plan.run.mkdir(parents=True, exist_ok=True)
     if what == "tokens":

@@ -25,12 +25,10 @@ def test_known_whether_they_can_be_used() -> None:
     assert gpu.available() == (torch.cuda.is_available() and find_spec("triton") is not None)
 
 
-@needs_triton
-def test_right_in_the_interpreter() -> None:
-    # It must be known before Triton is imported, and would stay so: hence another process.
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", TESTS / "gpu/test_kernels.py"]
+def interpret(tests: str) -> None:
+    """Run GPU tests in Triton's interpreter; in another process, since it must be chosen before Triton is imported."""
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", TESTS / tests],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,
@@ -38,6 +36,11 @@ def test_right_in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+@needs_triton
+def test_right_in_the_interpreter() -> None:
+    interpret("gpu/test_kernels.py")
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ class Runner:
         Args:
             feeds: Tokens of distinct lanes.
             chosen: Ids that only the device knows yet, at most one for each feed.
-            firsts: Of each feed, which of ``chosen`` its first token is; what the feed says there is not looked at.
+            firsts: Index into ``chosen`` of each feed's first token, which replaces the id in the feed.
 
         Returns:
             What the head reads, of the wanted tokens in order; float32 on a CPU.

@@ -63,11 +63,11 @@ class Step:
     """The tokens of all feeds, one after another.
 
     Attributes:
-        feeds: Of distinct lanes.
+        feeds: Tokens of distinct lanes.
         ids: The tokens.
         positions: Where each stands in its sequence.
         wanted: Places, among all tokens, of those that are asked for what follows.
-        sources: Of each token, which of the ids chosen last it is; -1 where ``ids`` says what it is.
+        sources: Index into the ids chosen last for each token; -1 where ``ids`` holds the token.
         longest: Most tokens of one feed.
     """
 
@@ -83,17 +83,16 @@ class Step:
         """Lay feeds side by side.
 
         Args:
-            feeds: Of distinct lanes, at least one.
-            firsts: Of each feed, which of the ids chosen last its first token is; empty where all ids are known.
+            feeds: Tokens of distinct lanes, at least one feed.
+            firsts: Index into the ids chosen last of each feed's first token; empty where all ids are known.
 
         Raises:
             EmulusError: A token would stand beyond its lane.
         """
         sources = [-1] * sum(len(feed.ids) for feed in feeds)
-        start = 0
-        for feed, first in zip(feeds, firsts, strict=False):
-            sources[start] = first
-            start += len(feed.ids)
+        if firsts:
+            for start, first in zip(_starts(feeds), firsts, strict=True):
+                sources[start] = first
         return cls(
             feeds=feeds,
             ids=[id for feed in feeds for id in feed.ids],

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +19,8 @@ from emulus.kernels.gpu import vision as kernels
 from emulus.tokenizer.vision import VisionTokenizer, VisionTokenizerConfig, on_gpu
 from emulus.tokenizer.vision.blocks import heavy_convolutions
 from scripts.built import ARCHITECTURES, SHARED_MEMORY, building, some, usage
+from tests.kernels.test_gpu import interpret, needs_triton
 
-TESTS = Path(__file__).parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 # Too narrow for bands, so that all layers are those of a GPU.
 CONFIG = VisionTokenizerConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(1,), codebook_size=64)
 
@@ -40,16 +35,7 @@ def model() -> VisionTokenizer:
 
 @needs_triton
 def test_right_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", TESTS / "gpu/test_vision.py"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    interpret("gpu/test_vision.py")
 
 
 @needs_triton

@@ -44,7 +44,7 @@ def available() -> bool:
         return False
     try:
         silu_mul(*torch.ones(2, 1, 16, dtype=torch.bfloat16, device="cuda"))
-    except Exception as error:  # a missing compiler, an unsupported card, a Triton of another time: each its own kind
+    except Exception as error:  # a missing compiler, an unsupported GPU, another version of Triton: each its own type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("Triton cannot be used (%s); going on with plain PyTorch", reason)
         return False

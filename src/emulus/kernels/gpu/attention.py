@@ -26,7 +26,7 @@ class _Tile:
     """Sizes of a program of attention.
 
     Attributes:
-        slots: Of a block of keys.
+        slots: Slots in a block of keys.
         rows: Tokens times query heads of a key head that share the block.
         warps: That work on it.
         stages: Blocks on their way at a time, and the one that is worked on.
@@ -71,7 +71,7 @@ def rotate_and_store(
         q_norm: Weights of the norm of each query head, applied first as :func:`~emulus.kernels.gpu.rms_norm` does;
             given together with ``k_norm`` or not at all.
         k_norm: Weights of the norm of each key head.
-        eps: Of both norms.
+        eps: Added to the mean square in both norms.
 
     Returns:
         The queries, turned.

@@ -36,7 +36,7 @@ def choose(
 ) -> Int[Tensor, " n"]:
     """Choose each row's next id: guidance, temperature, top-k, then the largest of logits plus noise.
 
-    Of equal ones the first column is chosen. A logit that is not a number is never chosen and counts as the smallest;
+    Ties go to the first column. A logit that is not a number is never chosen and counts as the smallest;
     a row without any other gives column 0.
 
     Args:

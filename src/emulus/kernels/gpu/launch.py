@@ -54,7 +54,7 @@ def capability(tensor: Tensor) -> int:
 
 @functools.cache
 def _capability(device: int) -> int:
-    """Of this device, the current one."""
+    """Compute capability times 10 of the current device."""
     from triton.runtime.driver import driver
 
     target = driver.active.get_current_target()

@@ -90,7 +90,7 @@ def linear_int4(
     Args:
         x: Activations.
         q: Two neighbouring inputs a byte, the first in the low half; ``32 * groups`` bytes a row.
-        scale: Of each row and group.
+        scale: Step between levels of each row and group.
         low: Lower end of each row and group.
         add: As in :func:`linear`.
     """

@@ -187,10 +187,10 @@ class VisionTokenizer(nn.Module):
         """Apply a function of this model to samples; on a GPU to some at a time, and recorded where sizes come again.
 
         Args:
-            name: Of the function.
+            name: Key of the function's recordings.
             function: What to apply.
             x: Samples along the first axis.
-            pixels: Of a sample.
+            pixels: Number of pixels in a sample.
         """
         if x.device.type != "cuda" or not len(x):
             return function(x)

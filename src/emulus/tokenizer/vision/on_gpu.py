@@ -138,7 +138,7 @@ class Recordings:
 
         Args:
             recorder: Records; by default CUDA graphs.
-            addresses: Of the weights that the functions read (see :func:`addresses_of`).
+            addresses: Addresses of the weights that the functions read (see :func:`addresses_of`).
         """
         self.addresses = addresses
         self._recorder = recorder
@@ -154,7 +154,7 @@ class Recordings:
         """Give what the function gives, from a recording if this is one of the sizes that have one.
 
         Args:
-            name: Of the function, the same function each time.
+            name: Key of the function; the same function each time.
             function: Asks nothing of the host that depends on what ``x`` holds.
             x: Its samples along the first axis.
         """
@@ -195,7 +195,7 @@ def in_batches(
     Args:
         function: Sees each sample alone.
         x: Samples along the first axis.
-        pixels: Of a sample.
+        pixels: Number of pixels in a sample.
         recorded: The same function for samples that fit into one batch.
     """
     if pixels > PIECE_PIXELS:
