@@ -185,8 +185,8 @@ def _launch_int4(
         x = F.pad(x, (0, groups * _GROUP - x.shape[1]))
     even = groups % _GROUPS == 0
     words = tuple(weight.view(torch.int16) for weight in weights)
-    # Masks of groups take registers, and then the sums of many tokens do not fit.
-    tokens = tokens if even else min(tokens, 16)
+    # Masks of groups take registers, and then the sums of many tokens do not fit. Before Hopper it is shared memory.
+    tokens = tokens if even and not _is_small(x) else min(tokens, 16)
     # With fewer rows the scales are copied 2 bytes at a time, which cannot be done on the way; with more rows of many
     # tokens the sums do not fit into the registers.
     rows = 32 if tokens > 16 else max(32, rows)
@@ -224,11 +224,15 @@ def _tile(x: Tensor, outs: int) -> tuple[int, int]:
     """Tokens and rows that one program works on.
 
     Few rows leave no multiprocessor idle; but each block of them reads all activations, which many tokens make dear.
-    Before Hopper (0 is the interpreter) 64 rows of many tokens do not fit into shared memory.
     """
-    n, wide = len(x), not 0 < launch.capability(x) < 90
+    n = len(x)
     tokens = 8 if n <= 8 else 16 if n <= 16 else 32
-    return tokens, 16 if outs <= 2048 else 64 if outs >= 8192 and tokens > 8 and wide else 32
+    return tokens, 16 if outs <= 2048 else 64 if outs >= 8192 and tokens > 8 and not _is_small(x) else 32
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether this GPU has less shared memory than Hopper, into which the largest tiles do not fit."""
+    return 0 < launch.capability(x) < launch.HOPPER
 
 
 def _stages(size: int) -> int:
